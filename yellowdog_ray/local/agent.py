@@ -1,0 +1,294 @@
+"""What runs in a node: it takes tasks, runs them as YellowDog's agent does, and lets SSH in.
+
+A task gets a fresh directory below ``data/workers``, its data in ``taskdata.txt`` and its output in
+``taskoutput.txt``; its process is the task type's command with the task's arguments, in a session of
+its own; when it has ended the directory is deleted (YellowDog API, "How the agent runs a bash task").
+An abort is SIGTERM to that process alone, and after a grace period SIGKILL to its whole session. The
+platform's grace period is not published; 60 s here leaves Ray's own drain of 30 s room.
+
+Standard library alone: it is forked, not started, so a node costs little beyond its tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import selectors
+import shutil
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yellowdog_ray.local import linux
+from yellowdog_ray.local.protocol import Channel, Closed
+
+ABORT_GRACE = 60.0
+"""Seconds between an abort's SIGTERM and its SIGKILL."""
+OUTPUT_TAIL = 4000
+"""Bytes of a task's output that are kept beyond its directory."""
+_TASK_COMMANDS = {"bash": "/bin/bash"}
+
+
+@dataclass
+class _Task:
+    run_id: str
+    pid: int
+    directory: Path
+    kill_at: float | None = None
+
+
+class Agent:
+    """The process that is a node, from its point of view.
+
+    :param channel: the line to the supervisor.
+    :param home: the agent's home, with the Python environment in ``venv``.
+    :param data: where tasks run.
+    :param environment: what every task starts with.
+    :param ssh_command: the command of the SSH server: one that serves a single connection on its
+        standard input, or, with ``ssh_takes_listeners``, one that accepts on inherited sockets.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        home: Path,
+        data: Path,
+        environment: dict[str, str],
+        ssh_command: list[str],
+        listeners: list[socket.socket],
+        *,
+        ssh_takes_listeners: bool,
+    ) -> None:
+        self._channel = channel
+        self._home, self._data = home, data
+        self._environment = environment
+        self._ssh_command, self._ssh_takes_listeners = ssh_command, ssh_takes_listeners
+        self._listeners = listeners
+        self._tasks: dict[int, _Task] = {}
+        self._selector = selectors.DefaultSelector()
+
+    def run(self) -> None:
+        """Serve until the supervisor says stop or is gone; then leave no process behind."""
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._selector.register(wake_read, selectors.EVENT_READ, lambda: self._reap(wake_read))
+        self._selector.register(self._channel, selectors.EVENT_READ, self._obey)
+        if self._ssh_takes_listeners:
+            self._start_ssh_server()
+        else:
+            for listener in self._listeners:
+                listener.setblocking(False)
+                self._selector.register(
+                    listener, selectors.EVENT_READ, lambda listener=listener: self._accept(listener)
+                )
+        with contextlib.suppress(Closed):
+            self._channel.send({"event": "registered"})
+            while True:
+                for key, _ in self._selector.select(self._time_to_next_kill()):
+                    key.data()
+                self._kill_overdue()
+        self._end_all()
+
+    def _obey(self) -> None:
+        for message in self._channel.receive():
+            if message["op"] == "task":
+                self._start_task(message)
+            elif message["op"] == "abort":
+                self._abort(message["run_id"])
+            elif message["op"] == "stop":
+                raise Closed
+
+    # Tasks
+
+    def _start_task(self, message: dict[str, Any]) -> None:
+        run_id = message["run_id"]
+        try:
+            command = _TASK_COMMANDS[message["task_type"]]
+            directory = self._data / "workers" / message["task_id"].replace(":", "_")
+            # A retry of the same task finds a directory that an earlier attempt could not remove.
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            if message["task_data"] is not None:
+                (directory / "taskdata.txt").write_text(message["task_data"])
+            environment = {
+                **self._environment,
+                **message["environment"],
+                "YD_TASK_ID": message["task_id"],
+                "YD_TASK_GROUP_ID": message["task_group_id"],
+                "YD_WORKER_SLOT": str(message["slot"]),
+            }
+            output = os.open(directory / "taskoutput.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        except (KeyError, OSError) as error:
+            reason = f"no such task type: {error}" if isinstance(error, KeyError) else str(error)
+            self._channel.send({"event": "task_not_started", "run_id": run_id, "reason": reason})
+            return
+        try:
+            pid = _spawn([command, *message["arguments"]], environment, directory, output=output)
+        except OSError as error:
+            self._channel.send({"event": "task_not_started", "run_id": run_id, "reason": str(error)})
+            return
+        finally:
+            os.close(output)
+        self._tasks[pid] = _Task(run_id, pid, directory)
+        self._channel.send({"event": "task_started", "run_id": run_id})
+
+    def _abort(self, run_id: str) -> None:
+        for task in self._tasks.values():
+            if task.run_id == run_id and task.kill_at is None:
+                os.kill(task.pid, signal.SIGTERM)
+                task.kill_at = time.monotonic() + ABORT_GRACE
+
+    def _time_to_next_kill(self) -> float | None:
+        times = [task.kill_at for task in self._tasks.values() if task.kill_at is not None]
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _kill_overdue(self) -> None:
+        now = time.monotonic()
+        for task in self._tasks.values():
+            if task.kill_at is not None and task.kill_at <= now:
+                _kill_session(task.pid)
+                task.kill_at = None
+
+    def _reap(self, wake_fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(wake_fd, 512):
+                pass
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            task = self._tasks.pop(pid, None)
+            if task is not None:
+                self._finish(task, status)
+
+    def _finish(self, task: _Task, status: int) -> None:
+        # A shell that died of its signal leaves its foreground child behind; on this machine nobody
+        # else would end it.
+        _kill_session(task.pid)
+        code = os.waitstatus_to_exitcode(status)
+        tail = _tail(task.directory / "taskoutput.txt")
+        shutil.rmtree(task.directory, ignore_errors=True)
+        self._channel.send(
+            {
+                "event": "task_exited",
+                "run_id": task.run_id,
+                "exit_code": code if code >= 0 else 128 - code,
+                "output_tail": tail,
+            }
+        )
+
+    # SSH
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        with connection:
+            connection.setblocking(True)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):
+                _spawn(self._ssh_command, self._environment, self._home, stdio=connection.fileno())
+
+    def _start_ssh_server(self) -> None:
+        for listener in self._listeners:
+            listener.set_inheritable(True)
+        # It ends when its standard input does, which is when this process does.
+        read_end, self._ssh_lifeline = os.pipe2(os.O_CLOEXEC)
+        fds = [argument for listener in self._listeners for argument in ("--fd", str(listener.fileno()))]
+        _spawn([*self._ssh_command, *fds], self._environment, self._home, stdin=read_end)
+        os.close(read_end)
+        for listener in self._listeners:
+            listener.close()
+
+    # The end
+
+    def _end_all(self) -> None:
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            pids = linux.descendants(os.getpid())
+            if not pids:
+                return
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            time.sleep(0.01)
+
+
+def _spawn(
+    command: list[str],
+    environment: dict[str, str],
+    directory: Path,
+    *,
+    stdin: int | None = None,
+    output: int | None = None,
+    stdio: int | None = None,
+) -> int:
+    """Start a command in a session of its own and return its pid; what is not given is /dev/null.
+
+    :raises OSError: when it cannot be started; the error is the child's own.
+    """
+    error_read, error_write = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        # Between fork and exec nothing may escape: whatever happens is told to the parent.
+        try:
+            os.setsid()
+            null = os.open(os.devnull, os.O_RDWR)
+            if stdio is not None:
+                stdin, output = stdio, stdio
+            os.dup2(null if stdin is None else stdin, 0)
+            os.dup2(null if output is None else output, 1)
+            # The error stream of a one-connection SSH server is not part of the conversation.
+            os.dup2(null if output is None or stdio is not None else output, 2)
+            os.chdir(directory)
+            for number in range(1, signal.NSIG):
+                with contextlib.suppress(OSError, ValueError):
+                    signal.signal(number, signal.SIG_DFL)
+            os.execve(command[0], command, environment)
+        except BaseException as error:
+            number = (error.errno if isinstance(error, OSError) else None) or errno.EIO
+            os.write(error_write, str(number).encode())
+        finally:
+            os._exit(127)
+    os.close(error_write)
+    with os.fdopen(error_read) as answer:
+        number = answer.read()
+    if number:
+        os.waitpid(pid, 0)
+        raise OSError(int(number), f"{command[0]}: {os.strerror(int(number))}")
+    return pid
+
+
+def _kill_session(sid: int) -> None:
+    """SIGKILL every process of a session."""
+    for pid in linux.descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if os.getsid(pid) == sid:
+                os.kill(pid, signal.SIGKILL)
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            size = file.tell()
+            file.seek(max(0, size - OUTPUT_TAIL))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    # A first line that was cut in two says nothing.
+    return text if size <= OUTPUT_TAIL else text.partition("\n")[2]

@@ -1,0 +1,147 @@
+"""YellowDog's REST API over the scheduler, as the unmodified SDK and ``yellowdog-cli`` call it.
+
+Every handler runs on the server's one asyncio loop, together with the scheduler: there are no locks. A
+route or a field that is not supported is refused by its name. To close the server, set the core's
+``closing`` event first (``ControlPlane.close`` does): the update streams then end, and nothing keeps the
+server from ending too.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from yellowdog_ray.local import api_compute, api_pools, api_work, wire
+from yellowdog_ray.local.asks import RefusedError
+from yellowdog_ray.local.intake import (
+    Fields,
+    check_name,
+)
+from yellowdog_ray.local.web import Action, Call, Core, Gate, handler, on_http_exception
+
+__all__ = ["Core", "create_app"]
+
+_ACCOUNT = "ydid:account:000000:00000000-0000-0000-0000-000000000000"
+_APPLICATION = "ydid:app:000000:00000000-0000-0000-0000-000000000001"
+_GROUP = "ydid:group:000000:00000000-0000-0000-0000-000000000002"
+
+
+def create_app(core: Core) -> Starlette:
+    """Return the HTTP application.
+
+    :param core: the platform behind it; all of it is called on the loop that serves the application.
+    """
+    routes = [
+        Route(path, handler(core, action), methods=[method])
+        for table in (api_work.ROUTES, api_pools.ROUTES, api_compute.ROUTES, _ROUTES)
+        for (method, path), action in table.items()
+    ]
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(Gate, core=core)],
+        exception_handlers={HTTPException: on_http_exception, Exception: on_http_exception},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+# -------------------------------------------------------------------- identity, and empty cupboards
+
+
+async def _root(call: Call) -> Any:
+    return {"name": "RayDog local platform", "version": wire.AGENT_VERSION}
+
+
+async def _application(call: Call) -> Any:
+    return {
+        "accountId": _ACCOUNT,
+        "accountName": "local",
+        "id": _APPLICATION,
+        "name": "raydog-local",
+        "allNamespacesReadable": True,
+        "readableNamespaces": call.scheduler.known_namespaces(),
+        "features": ["PLATFORM"],
+    }
+
+
+async def _application_groups(call: Call) -> Any:
+    return {"items": [{"id": _GROUP, "name": "administrators", "adminGroup": True}]}
+
+
+def _namespace_json(call: Call, name: str) -> dict[str, Any]:
+    unique = uuid.uuid5(uuid.NAMESPACE_DNS, name)
+    deletable = name in call.scheduler.namespaces
+    return {"id": f"ydid:namespace:000000:{unique}", "namespace": name, "deletable": deletable}
+
+
+async def _namespaces(call: Call) -> Any:
+    names, part = call.queries("namespaces", "namespace"), call.query("namespaceContains") or ""
+    deletable = call.flag("deletable")
+
+    def wanted(name: str) -> bool:
+        return (
+            (not names or name in names)
+            and part in name
+            and (deletable is None or (name in call.scheduler.namespaces) == deletable)
+        )
+
+    return call.slice(call.scheduler.known_namespaces(), wanted, lambda name: _namespace_json(call, name))
+
+
+def _find_namespace(call: Call) -> dict[str, Any]:
+    for name in call.scheduler.known_namespaces():
+        found = _namespace_json(call, name)
+        if found["id"] == call.path("id"):
+            return found
+    raise RefusedError.not_found(f"no namespace {call.path('id')!r}")
+
+
+async def _namespace(call: Call) -> Any:
+    return _find_namespace(call)
+
+
+async def _create_namespace(call: Call) -> Any:
+    fields = Fields(await call.body(), "request")
+    name = check_name("namespace", fields.need("namespace"))
+    fields.done()
+    if name in call.scheduler.namespaces:
+        raise RefusedError.invalid(f"Namespace {name} already exists")
+    call.scheduler.namespaces.add(name)
+    # The SDK takes this answer as text.
+    return str(_namespace_json(call, name)["id"])
+
+
+async def _delete_namespace(call: Call) -> Any:
+    name = _find_namespace(call)["namespace"]
+    if name not in call.scheduler.namespaces:
+        raise RefusedError.invalid(f"Namespace {name} is in use")
+    call.scheduler.namespaces.discard(name)
+
+
+async def _nothing(call: Call) -> Any:
+    return {"items": []}
+
+
+async def _no_keyrings(call: Call) -> Any:
+    return call.slice([], bool, dict, bare=True)
+
+
+_ROUTES: Mapping[tuple[str, str], Action] = {
+    ("GET", "/"): _root,
+    ("GET", "/application"): _application,
+    ("GET", "/account/applications/{id}/groups"): _application_groups,
+    ("GET", "/namespaces"): _namespaces,
+    ("POST", "/namespaces"): _create_namespace,
+    ("GET", "/namespaces/policies"): _nothing,
+    ("GET", "/namespaces/{id}"): _namespace,
+    ("DELETE", "/namespaces/{id}"): _delete_namespace,
+    ("GET", "/keyrings"): _no_keyrings,
+    ("GET", "/allowances"): _nothing,
+    ("GET", "/images/families"): _nothing,
+}

@@ -1,0 +1,584 @@
+"""Nodes on this machine: what each is made of, and the backend that makes them.
+
+Three kinds, the best that the machine allows (see :class:`Isolation`). The work is done by a supervisor
+process (:mod:`yellowdog_ray.local.supervisor`); this side asks it, and turns its answers into events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import getpass
+import json
+import os
+import pwd
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from yellowdog_ray.errors import LocalPlatformError
+from yellowdog_ray.local.events import (
+    AbortTask,
+    Effect,
+    Event,
+    NodeFailed,
+    NodeLost,
+    NodeRegistered,
+    NodeStopped,
+    StartNode,
+    StartTask,
+    StopNode,
+    TaskExited,
+    TaskNotStarted,
+    TaskStarted,
+)
+from yellowdog_ray.local.process_node import mirror_environment, write_plain_environment
+from yellowdog_ray.local.protocol import Channel, Closed
+from yellowdog_ray.local.supervisor import AGENT_HOME, Settings
+
+__all__ = ["NODE_MEMORY", "Isolation", "LocalNodes", "SSHIdentity"]
+
+NODE_MEMORY = 450 << 20
+"""Bytes of memory that a Ray node needs at the least (measured: about 400 MB with Ray 2.60)."""
+_START_TIMEOUT = 20.0
+_FIRST_NUMBER, _LAST_NUMBER = 10, 250
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Isolation(str, enum.Enum):
+    """How far the nodes on this machine are apart from each other and from the user's own processes."""
+
+    NAMESPACES = "namespaces"
+    """As root: network, PID, mount, IPC and host name namespaces; nodes can be reached at their address."""
+    USER_NAMESPACES = "user-namespaces"
+    """The same inside an unprivileged user namespace; nodes are reached by SSH at a loopback address."""
+    PROCESSES = "processes"
+    """Plain processes with loopback addresses of their own, which share this machine's ports and /tmp."""
+
+    def sentence(self) -> str:
+        """Say it to the user."""
+        return {
+            Isolation.NAMESPACES: "network, PID and mount namespaces (root)",
+            Isolation.USER_NAMESPACES: "namespaces inside an unprivileged user namespace",
+            Isolation.PROCESSES: "plain processes with loopback addresses",
+        }[self]
+
+
+class SSHIdentity:
+    """The keys of a platform: one that opens its nodes, and one by which its nodes are known.
+
+    :param directory: the directory for the key files, which only this user may read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.private_key_file = directory / "id_ed25519"
+        self.host_key_file = directory / "host_key"
+        self.public_key = _make_key(self.private_key_file)
+        self.host_key = _make_key(self.host_key_file)
+
+
+def _make_key(path: Path) -> str:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600)) as file:
+        file.write(private)
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return public.decode()
+
+
+class LocalNodes:
+    """The backend that makes real nodes of this machine.
+
+    :param directory: the platform's own directory; it is removed when the platform ends.
+    :param isolation: the kind of node, or None for the best that works here.
+    :param lock: a descriptor that the supervisor keeps open for as long as it lives.
+    :param system_sshd: whether to use the system's SSH server where there is one.
+    :raises LocalPlatformError: when no kind works, or the kind that was asked for does not.
+    """
+
+    def __init__(
+        self, directory: Path, isolation: Isolation | None = None, *, lock: int, system_sshd: bool = True
+    ) -> None:
+        self._directory, self._lock = directory, lock
+        self.ssh = SSHIdentity(directory)
+        self.user = _user_name()
+        self._system_sshd = _find_sshd() if system_sshd else None
+        self._on_event: Callable[[Event], None] = lambda event: None
+        self._ids: dict[str, str] = {}
+        self._last_number = _FIRST_NUMBER
+        self._requests: dict[str, StartNode] = {}
+        self._started: dict[str, float] = {}
+        self._stopping: set[str] = set()
+        self._listeners: dict[str, socket.socket] = {}
+        refusals: list[str] = []
+        for kind in [isolation] if isolation else _candidates():
+            try:
+                self._start_supervisor(kind)
+            except LocalPlatformError as error:
+                refusals.append(f"{kind.value}: {error}")
+            else:
+                self.isolation = kind
+                break
+        else:
+            raise LocalPlatformError("no node can be made on this machine: " + "; ".join(refusals))
+        self.refusals = refusals
+
+    @property
+    def ssh_port(self) -> int:
+        """The port of the nodes' SSH servers, at their public addresses."""
+        return self._ssh_port
+
+    @property
+    def ssh_server(self) -> str:
+        """What the nodes' SSH server is."""
+        return self._sshd or "embedded (asyncssh)"
+
+    # Start and end
+
+    def _start_supervisor(self, isolation: Isolation) -> None:
+        self._kind = isolation
+        # The system's server would take a plain process's user home, and its terminals need a group that
+        # only root may give them.
+        self._sshd = None if isolation is Isolation.PROCESSES else self._system_sshd
+        self._prefix, self._interface = _free_network(isolation)
+        self._ssh_port = 22 if isolation is Isolation.NAMESPACES else _free_ssh_port(self._prefix)
+        settings = Settings(
+            isolation=isolation.value,
+            directory=str(self._directory),
+            prefix=self._prefix,
+            interface=self._interface,
+            keep=_environment_below_tmp(),
+            sshd=self._sshd,
+            user=self.user,
+            ssh_port=self._ssh_port,
+        )
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._supervisor = subprocess.Popen(
+                [
+                    sys.executable, "-m", "yellowdog_ray.local.supervisor",
+                    str(theirs.fileno()), json.dumps(asdict(settings)), str(os.getpid()),
+                ],
+                pass_fds=[theirs.fileno(), self._lock],
+                stdin=subprocess.DEVNULL,
+                cwd="/",
+                # Nothing of the user's environment, which may hold keys, goes further than this process.
+                env={"PATH": _PATH, "LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(_import_path())},
+            )  # fmt: skip
+        self._channel = Channel(ours)
+        try:
+            self._expect("ready")
+            self._probe()
+        except LocalPlatformError:
+            self._channel.close()
+            self._supervisor.wait()
+            shutil.rmtree(self._directory / _node_id(_FIRST_NUMBER), ignore_errors=True)
+            raise
+
+    def _expect(self, event: str) -> dict[str, Any]:
+        deadline = time.monotonic() + _START_TIMEOUT
+        while True:
+            if not select.select([self._channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise LocalPlatformError(f"the node supervisor did not say {event!r} in {_START_TIMEOUT:.0f} s")
+            try:
+                messages = self._channel.receive()
+            except Closed:
+                raise LocalPlatformError("the node supervisor ended at its start") from None
+            for message in messages:
+                if message["event"] == event:
+                    return message
+                if message["event"] == "failed":
+                    raise LocalPlatformError(message["reason"])
+
+    def _probe(self) -> None:
+        """Make a node and end it, to know that this kind works here before anybody relies on it."""
+        self._send_start(StartNode("probe", "probe", "", "", "", 1, 1), _FIRST_NUMBER)
+        self._expect("registered")
+        self._channel.send({"op": "stop", "id": _node_id(_FIRST_NUMBER)})
+        self._expect("gone")
+        self._close_listener(_node_id(_FIRST_NUMBER))
+
+    def serve(self, loop: asyncio.AbstractEventLoop, on_event: Callable[[Event], None]) -> None:
+        """Deliver the machines' events on an event loop from now on."""
+        self._on_event = on_event
+        loop.add_reader(self._channel.fileno(), self._receive, loop)
+
+    def close(self) -> None:
+        """End every node, and wait until nothing of them is left."""
+        self._channel.close()
+        for instance_id in list(self._listeners):
+            self._close_listener(instance_id)
+        try:
+            self._supervisor.wait(timeout=_START_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._supervisor.kill()
+            self._supervisor.wait()
+        # The kernel takes a network namespace apart a moment after its last process.
+        deadline = time.monotonic() + 5
+        while self._interface and Path("/sys/class/net", self._interface).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    # Effects
+
+    def apply(self, effect: Effect) -> None:
+        """Begin to carry out an effect."""
+        try:
+            if isinstance(effect, StartNode):
+                self._start_node(effect)
+            elif isinstance(effect, StopNode):
+                self._stop_node(effect.instance_id)
+            elif isinstance(effect, StartTask):
+                self._tell_node(effect.instance_id, {"op": "task", **_task(effect)})
+            elif isinstance(effect, AbortTask):
+                self._tell_node(effect.instance_id, {"op": "abort", "run_id": effect.run_id})
+        except Closed:
+            self._supervisor_gone()
+
+    def _start_node(self, request: StartNode) -> None:
+        try:
+            self._check_memory()
+            number = self._free_number()
+        except LocalPlatformError as error:
+            self._on_event(NodeFailed(request.instance_id, str(error)))
+            return
+        node_id = _node_id(number)
+        self._ids[request.instance_id], self._requests[node_id] = node_id, request
+        self._started[node_id] = time.monotonic()
+        try:
+            self._send_start(request, number)
+        except OSError as error:
+            self._forget(node_id)
+            self._on_event(NodeFailed(request.instance_id, f"cannot make the node: {error}"))
+
+    def _send_start(self, request: StartNode, number: int) -> None:
+        node_id = _node_id(number)
+        private_ip = f"{self._prefix}.{number}"
+        self._write_node_files(node_id, request, private_ip)
+        fds = []
+        if self._kind is Isolation.USER_NAMESPACES:
+            # A socket stays in the network namespace that it was made in: this one is reached from this
+            # machine although the process that accepts on it lives in the node.
+            listener = _listen(self._host_address(number), self._ssh_port)
+            self._listeners[node_id] = listener
+            fds = [listener.fileno()]
+        self._channel.send(
+            {
+                "op": "start",
+                "id": node_id,
+                "hostname": request.hostname,
+                "private_ip": private_ip,
+                "python": sys.executable,
+                "environment": {
+                    "PATH": _PATH,
+                    "LANG": "C.UTF-8",
+                    "SHELL": "/bin/bash",
+                    "USER": self.user,
+                    "LOGNAME": self.user,
+                    "YD_PROVIDER": request.provider,
+                    "YD_REGION": request.region,
+                    "YD_INSTANCE_TYPE": request.instance_type,
+                    "YD_INSTANCE_ID": request.instance_id,
+                    **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+                },
+            },
+            fds,
+        )
+
+    def _stop_node(self, instance_id: str) -> None:
+        if instance_id not in self._ids:
+            self._on_event(NodeStopped(instance_id))
+            return
+        self._stopping.add(self._ids[instance_id])
+        self._tell_node(instance_id, {"op": "stop"})
+
+    def _tell_node(self, instance_id: str, message: dict[str, Any]) -> None:
+        """Send a node a message; one that is gone gets none, and its loss is being told already."""
+        if instance_id in self._ids:
+            self._channel.send({**message, "id": self._ids[instance_id]})
+
+    def _check_memory(self) -> None:
+        """Refuse a node that would not fit, counting those that have not yet taken their share."""
+        young = sum(1 for started in self._started.values() if time.monotonic() - started < 20)
+        free = free_memory()
+        if free - young * NODE_MEMORY < NODE_MEMORY:
+            raise LocalPlatformError(
+                f"not enough memory for another node: {free >> 20} MiB are free, {young} nodes that are "
+                f"starting will take {young * NODE_MEMORY >> 20} MiB of it, and a Ray node needs "
+                f"{NODE_MEMORY >> 20} MiB"
+            )
+
+    def _free_number(self) -> int:
+        # An address is not used again soon: the kernel takes a node's network apart after the node is gone.
+        taken = set(self._ids.values())
+        for _ in range(_FIRST_NUMBER, _LAST_NUMBER + 1):
+            self._last_number = self._last_number + 1 if self._last_number < _LAST_NUMBER else _FIRST_NUMBER
+            if _node_id(self._last_number) not in taken:
+                return self._last_number
+        raise LocalPlatformError(
+            f"all {_LAST_NUMBER - _FIRST_NUMBER + 1} addresses of the local platform are taken"
+        )
+
+    def _host_address(self, number: int) -> str:
+        """The address at which this machine reaches a node."""
+        if self._kind is Isolation.USER_NAMESPACES:
+            return f"127.{self._prefix.partition('.')[2]}.{number}"
+        return f"{self._prefix}.{number}"
+
+    def _close_listener(self, node_id: str) -> None:
+        listener = self._listeners.pop(node_id, None)
+        if listener:
+            listener.close()
+
+    # Events
+
+    def _receive(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            messages = self._channel.receive()
+        except Closed:
+            loop.remove_reader(self._channel.fileno())
+            self._supervisor_gone()
+            return
+        for message in messages:
+            self._tell(message)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        event, node_id = message["event"], message["id"]
+        request = self._requests.get(node_id)
+        if event == "task_started":
+            self._on_event(TaskStarted(message["run_id"]))
+        elif event == "task_exited":
+            self._on_event(TaskExited(message["run_id"], message["exit_code"], message["output_tail"]))
+        elif event == "task_not_started":
+            self._on_event(TaskNotStarted(message["run_id"], message["reason"]))
+        elif request is None:
+            return
+        elif event == "registered":
+            number = int(node_id[1:])
+            self._on_event(
+                NodeRegistered(
+                    request.instance_id,
+                    request.hostname,
+                    f"{self._prefix}.{number}",
+                    self._host_address(number),
+                    request.vcpus,
+                    request.ram,
+                )
+            )
+        elif event == "failed":
+            self._forget(node_id)
+            self._on_event(NodeFailed(request.instance_id, message["reason"]))
+        elif event == "gone":
+            stopping = node_id in self._stopping
+            self._forget(node_id)
+            if stopping:
+                self._on_event(NodeStopped(request.instance_id))
+            else:
+                self._on_event(NodeLost(request.instance_id, "its processes ended"))
+
+    def _forget(self, node_id: str) -> None:
+        request = self._requests.pop(node_id, None)
+        if request:
+            del self._ids[request.instance_id]
+        self._started.pop(node_id, None)
+        self._stopping.discard(node_id)
+        self._close_listener(node_id)
+
+    def _supervisor_gone(self) -> None:
+        for node_id, request in list(self._requests.items()):
+            self._forget(node_id)
+            self._on_event(NodeLost(request.instance_id, "the node supervisor ended"))
+
+    # What a node is made of
+
+    def _write_node_files(self, node_id: str, request: StartNode, private_ip: str) -> None:
+        root = self._directory / node_id
+        home = root / "agent"
+        for directory in (home / "ssh", root / "data", root / "tmp", root / "etc"):
+            directory.mkdir(parents=True, mode=0o700)
+        (root / "tmp").chmod(0o1777)
+        namespaced = self._kind is not Isolation.PROCESSES
+        seen_home = AGENT_HOME if namespaced else str(home)
+        if namespaced:
+            _link_environment(home / "venv")
+            self._write_host_files(root / "etc", request.hostname, private_ip)
+        else:
+            write_plain_environment(home / "venv", private_ip, root / "tmp")
+        shutil.copyfile(self.ssh.host_key_file, home / "ssh" / "host_key")
+        (home / "ssh" / "host_key").chmod(0o600)
+        (home / "ssh" / "authorized_keys").write_text(self.ssh.public_key + "\n")
+        users = f"{self.user} yd-agent" if namespaced else self.user
+        (home / "ssh" / "sshd_config").write_text(_SSHD_CONFIG.format(home=seen_home, users=users))
+
+    def _write_host_files(self, etc: Path, hostname: str, private_ip: str) -> None:
+        # Ray finds its node's address by the host's name where no route leads out of the node.
+        (etc / "hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n{private_ip} {hostname}\n")
+        (etc / "hostname").write_text(f"{hostname}\n")
+        # No name server can be reached from a node; asking one would only cost time.
+        (etc / "resolv.conf").write_text("# The nodes of a local platform have no name server.\n")
+        # The user's home in a node is the agent's. Scripts in the field log in as yd-agent: the same user.
+        lines = []
+        me = pwd.getpwuid(os.geteuid())
+        for entry in pwd.getpwall():
+            if entry.pw_uid != me.pw_uid and entry.pw_name != "yd-agent":
+                lines.append(_passwd_line(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, entry.pw_shell))
+        mine = [
+            _passwd_line(name, me.pw_uid, me.pw_gid, AGENT_HOME, "/bin/bash") for name in (self.user, "yd-agent")
+        ]
+        (etc / "passwd").write_text("".join([*mine, *lines]))
+        if self._kind is Isolation.USER_NAMESPACES:
+            (etc / "group").write_text(f"{self.user}:x:{me.pw_gid}:\n")
+        for file in etc.iterdir():
+            file.chmod(0o644)
+
+
+_SSHD_CONFIG = """\
+HostKey {home}/ssh/host_key
+AuthorizedKeysFile {home}/ssh/authorized_keys
+AllowUsers {users}
+PermitRootLogin prohibit-password
+PubkeyAuthentication yes
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+UsePAM no
+# The directories above the keys belong to whoever started the platform, or to nobody in a user namespace.
+StrictModes no
+UseDNS no
+PrintMotd no
+PrintLastLog no
+PidFile none
+MaxStartups 200
+MaxSessions 100
+AcceptEnv LANG LC_* RAY_*
+Subsystem sftp internal-sftp
+"""
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that are free for new processes here, a container's limit included."""
+    free = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) << 10
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, limit - used)
+    return free
+
+
+def _task(effect: StartTask) -> dict[str, Any]:
+    return {
+        "run_id": effect.run_id,
+        "slot": effect.slot,
+        "task_id": effect.task_id,
+        "task_group_id": effect.task_group_id,
+        "task_type": effect.task_type,
+        "arguments": list(effect.arguments),
+        "task_data": effect.task_data,
+        "environment": dict(effect.environment),
+    }
+
+
+def _candidates() -> list[Isolation]:
+    if sys.platform != "linux":
+        raise LocalPlatformError("the local platform's nodes need Linux")
+    best = Isolation.NAMESPACES if os.geteuid() == 0 else Isolation.USER_NAMESPACES
+    return [best, Isolation.PROCESSES]
+
+
+def _node_id(number: int) -> str:
+    """Name a node for its supervisor and its directory; Ray's socket names leave no room for more."""
+    return f"n{number}"
+
+
+def _user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        # A container may run as a user that has no entry.
+        return getpass.getuser()
+
+
+def _find_sshd() -> str | None:
+    for path in (shutil.which("sshd"), "/usr/sbin/sshd", "/usr/local/sbin/sshd"):
+        if path and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def _passwd_line(name: str, uid: int, gid: int, home: str, shell: str) -> str:
+    return f"{name}:x:{uid}:{gid}::{home}:{shell}\n"
+
+
+def _link_environment(place: Path) -> None:
+    """Show the Python environment that the platform was started from as the agent's ``venv``."""
+    if Path(sys.prefix, "bin", "activate").exists():
+        place.symlink_to(sys.prefix)
+    else:
+        mirror_environment(place)
+
+
+def _environment_below_tmp() -> list[str]:
+    """List the directories of this Python environment that a node's own ``/tmp`` would hide."""
+    wanted = {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, *_import_path())}
+    below = sorted(path for path in wanted if path.startswith("/tmp/") and os.path.isdir(path))  # noqa: S108
+    return [path for path in below if not any(path.startswith(f"{other}/") for other in below)]
+
+
+def _import_path() -> list[str]:
+    """List the directories that this process imports from, the package's own among them."""
+    here = str(Path(__file__).resolve().parents[2])
+    return list(dict.fromkeys([here, *(path for path in sys.path if path and os.path.isdir(path))]))
+
+
+def _free_network(isolation: Isolation) -> tuple[str, str]:
+    """Choose the first three numbers of the nodes' network and the name of this machine's interface on it."""
+    start = os.getpid() % 256
+    if isolation is Isolation.NAMESPACES:
+        used = Path("/proc/net/route").read_text() + " ".join(os.listdir("/sys/class/net"))
+        for offset in range(256):
+            number = (start + offset) % 256
+            # Routes list their network as a little-endian hexadecimal number.
+            if f"\t00{number:02X}D50A\t" not in used and f"raydog{number}" not in used.split():
+                return f"10.213.{number}", f"raydog{number}"
+        raise LocalPlatformError("all 256 networks 10.213.0.0/24 to 10.213.255.0/24 are taken on this machine")
+    first = "10" if isolation is Isolation.USER_NAMESPACES else "127"
+    for offset in range(256):
+        number = (start + offset) % 256
+        with contextlib.suppress(OSError), _listen(f"127.213.{number}.1", 0):
+            return f"{first}.213.{number}", ""
+    raise LocalPlatformError("no loopback address 127.213.x.1 can be used on this machine")
+
+
+def _free_ssh_port(prefix: str) -> int:
+    address = f"127.{prefix.partition('.')[2]}.{_LAST_NUMBER + 1}"
+    for port in (2222, 22022, 0):
+        with contextlib.suppress(OSError), _listen(address, port) as listener:
+            return int(listener.getsockname()[1])
+    raise LocalPlatformError(f"no port is free on {address} for the nodes' SSH servers")
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address, port))
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,411 @@
+"""LocalPlatform: the embedded platform as a user starts it.
+
+One thread, one event loop: the HTTP API, the scheduler and the line to the nodes all live on it, so none
+of them needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import enum
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
+from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, free_memory
+
+if TYPE_CHECKING:
+    from yellowdog_ray.local.scheduler import Scheduler
+
+__all__ = ["DEFAULT_TEMPLATES", "LocalPlatform", "NodeTemplate"]
+
+_DIRECTORY_PREFIX = "raydog-local-"
+# Not TMPDIR: the names of Ray's sockets below it must fit into 107 bytes.
+_DIRECTORY_HOME = "/tmp"  # noqa: S108
+_START_TIMEOUT = 15.0
+_RAY_PORTS = (6379, 8080, 8265, 10001)
+
+
+@dataclass(frozen=True)
+class NodeTemplate:
+    """What a compute requirement template of the local platform says of its nodes.
+
+    :param vcpus: the virtual CPUs that a node shows. They are not enforced.
+    :param ram: its memory in GiB. It is not enforced.
+    """
+
+    vcpus: float = 1
+    ram: float = 1
+
+
+DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate()}
+"""The templates that a local platform has when it is not told others, by ``namespace/name``."""
+
+
+class _State(enum.Enum):
+    NEW = "it has not been started"
+    RUNNING = "it is running"
+    CLOSED = "it has been closed"
+
+
+class LocalPlatform:
+    """A YellowDog-compatible platform on this machine, whose nodes are real.
+
+    Use it as a context manager, or call :meth:`start` and :meth:`close`. It and its nodes end with the
+    Python process that started it, however that ends.
+
+    :param port: the TCP port of its API on 127.0.0.1; None for a free one.
+    :param isolation: the kind of node (see :class:`~yellowdog_ray.local.nodes.Isolation`, or its value
+        as text); None for the best that this machine and user allow.
+    :param templates: what its compute requirement templates offer, by ``namespace/name``.
+    :param system_sshd: whether nodes use this machine's own sshd where it is installed; otherwise they
+        use the embedded one.
+
+    :raises SpecError: when an argument cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        port: int | None = None,
+        isolation: Isolation | str | None = None,
+        templates: Mapping[str, NodeTemplate] | None = None,
+        system_sshd: bool = True,
+    ) -> None:
+        kinds = [kind.value for kind in Isolation]
+        if isolation is not None and isolation not in kinds:
+            raise SpecError(f"no such isolation: {isolation!r}; choose from {', '.join(kinds)}")
+        if port is not None and not 0 < port < 1 << 16:
+            raise SpecError(f"not a TCP port: {port}")
+        self._isolation = Isolation(isolation) if isolation else None
+        self._port = port
+        self._system_sshd = system_sshd
+        self._templates = dict(DEFAULT_TEMPLATES if templates is None else templates)
+        for name in self._templates:
+            if name.count("/") != 1:
+                raise SpecError(f"a template is named namespace/name, not {name!r}")
+        self._state = _State.NEW
+        self._key_id = str(uuid.uuid4())
+        self._secret = secrets.token_urlsafe(32)
+
+    # What a client needs
+
+    @property
+    def url(self) -> str:
+        """The base URL of the API."""
+        self._require_running()
+        return f"http://127.0.0.1:{self._server.port}"
+
+    @property
+    def key_id(self) -> str:
+        """The id of the application key that the API accepts."""
+        return self._key_id
+
+    @property
+    def secret(self) -> str:
+        """The secret of that key. It is new with every platform."""
+        return self._secret
+
+    @property
+    def namespace(self) -> str:
+        """A namespace to use; the platform accepts any valid one."""
+        return "local"
+
+    @property
+    def template_names(self) -> list[str]:
+        """The compute requirement templates, as ``namespace/name``, the default one first."""
+        return list(self._templates)
+
+    @property
+    def ssh_user(self) -> str:
+        """The user name for SSH to a node: the user who started the platform, who runs the tasks too."""
+        return self._nodes.user
+
+    @property
+    def ssh_private_key_file(self) -> str:
+        """The path of the private key (0600) that opens every node."""
+        return str(self._nodes.ssh.private_key_file)
+
+    @property
+    def ssh_host_key(self) -> str:
+        """The public key by which every node is known, as a line of OpenSSH (``ssh-ed25519 ...``)."""
+        return self._nodes.ssh.host_key
+
+    @property
+    def ssh_port(self) -> int:
+        """The port of SSH at a node's public address: 22 as root, else an unprivileged one."""
+        self._require_running()
+        return self._nodes.ssh_port
+
+    @property
+    def isolation(self) -> Isolation:
+        """The kind of node that this platform makes."""
+        self._require_running()
+        return self._nodes.isolation
+
+    def describe(self) -> str:
+        """Say in a sentence what the nodes are made of, and why not of something better."""
+        self._require_running()
+        text = f"nodes are {self._nodes.isolation.sentence()}; SSH server: {self._nodes.ssh_server}"
+        if self._nodes.refusals:
+            text += f" (not {'; '.join(self._nodes.refusals)})"
+        return text
+
+    # Life
+
+    def start(self) -> LocalPlatform:
+        """Start the platform, after removing what a crashed one left behind.
+
+        :raises LocalPlatformError: when the machine has too little free memory for a node, no free
+            port, or no way to make nodes.
+        """
+        if self._state is not _State.NEW:
+            raise ClusterStateError(f"this platform cannot be started: {self._state.value}")
+        _require_packages()
+        if free_memory() < NODE_MEMORY:
+            raise LocalPlatformError(
+                f"too little memory: {free_memory() >> 20} MiB are free, one Ray node needs {NODE_MEMORY >> 20} MiB"
+            )
+        remove_leftovers()
+        listener = _bind(self._port)
+        directory = Path(tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=_DIRECTORY_HOME))
+        try:
+            self._lock = _lock(directory)
+            self._nodes = LocalNodes(
+                directory, self._isolation, lock=self._lock, system_sshd=self._system_sshd
+            )
+            if self._nodes.isolation is Isolation.PROCESSES:
+                _require_ray_ports(self._nodes)
+            self._server = _Server(self, listener, self._nodes)
+            self._server.start()
+        except BaseException:
+            listener.close()
+            if hasattr(self, "_nodes"):
+                self._nodes.close()
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        self._state = _State.RUNNING
+        # A platform that nobody closed is closed before the interpreter ends; by its weak reference, so
+        # that this does not keep it alive.
+        reference = weakref.ref(self)
+        atexit.register(lambda: (platform := reference()) and platform.close())
+        return self
+
+    def close(self) -> None:
+        """End the platform with all its nodes and remove what it made; a second call does nothing."""
+        if self._state is not _State.RUNNING:
+            return
+        self._state = _State.CLOSED
+        self._server.stop()
+        self._nodes.close()
+        os.close(self._lock)
+
+    def __enter__(self) -> LocalPlatform:
+        if self._state is _State.NEW:
+            self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = f" at {self.url}" if self._state is _State.RUNNING else ""
+        return f"<LocalPlatform{where}: {self._state.value}>"
+
+    def _require_running(self) -> None:
+        if self._state is not _State.RUNNING:
+            raise ClusterStateError(f"the local platform cannot be used: {self._state.value}")
+
+
+class _Server:
+    """The thread of a platform: its event loop, HTTP server and control plane."""
+
+    def __init__(self, platform: LocalPlatform, listener: socket.socket, nodes: LocalNodes) -> None:
+        self._platform, self._listener, self._nodes = platform, listener, nodes
+        self.port: int = listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._run, name="raydog-local-platform", daemon=True)
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Start the thread and return when the API answers.
+
+        :raises LocalPlatformError: when it does not.
+        """
+        self._thread.start()
+        if not self._started.wait(_START_TIMEOUT) or self._failure:
+            raise LocalPlatformError(f"the local platform's API did not start: {self._failure or 'no answer'}")
+
+    def stop(self) -> None:
+        """End the API and the thread."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._begin_stop)
+        self._thread.join(_START_TIMEOUT)
+
+    def _begin_stop(self) -> None:
+        self._core.close()
+        self._uvicorn.should_exit = True
+        # A client that keeps its connection open must not keep the platform open.
+        self._uvicorn.force_exit = True
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._started.set()
+
+    async def _serve(self) -> None:
+        import uvicorn
+
+        from yellowdog_ray.local.api import create_app
+        from yellowdog_ray.local.core import ControlPlane
+
+        self._loop = asyncio.get_running_loop()
+        self._core = ControlPlane(
+            _scheduler(self._platform._templates), self._loop, self._platform.key_id, self._platform.secret
+        )
+        self._core.backend = self._nodes
+        # Events may come while effects are being carried out; each waits for its turn.
+        self._nodes.serve(self._loop, lambda event: self._loop.call_soon(self._core.on_event, event) and None)
+        config = uvicorn.Config(
+            create_app(self._core), log_config=None, access_log=False, lifespan="off", ws="none"
+        )
+        self._uvicorn = uvicorn.Server(config)
+        serving = asyncio.ensure_future(self._uvicorn.serve(sockets=[self._listener]))
+        while not self._uvicorn.started and not serving.done():
+            await asyncio.sleep(0.005)
+        self._started.set()
+        await serving
+
+
+def _scheduler(templates: Mapping[str, NodeTemplate]) -> Scheduler:
+    from yellowdog_ray.local.scheduler import Scheduler, Template
+
+    scheduler = Scheduler()
+    for full_name, template in templates.items():
+        namespace, _, name = full_name.partition("/")
+        scheduler.add_template(
+            Template(
+                namespace=namespace,
+                name=name,
+                id=f"ydid:crt:000000:{uuid.uuid5(uuid.NAMESPACE_DNS, full_name)}",
+                instance_type="local",
+                vcpus=template.vcpus,
+                ram=template.ram,
+                region="local",
+            )
+        )
+    return scheduler
+
+
+def remove_leftovers() -> None:
+    """Remove what platforms of this user left on this machine when they were killed together with their
+    supervisors.
+
+    Namespaces need no care: the kernel has taken them apart. Plain processes may still be running; they
+    are known by the directory in their environment.
+    """
+    for directory in Path(_DIRECTORY_HOME).glob(f"{_DIRECTORY_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if directory.stat().st_uid != os.geteuid() or not _is_abandoned(directory):
+                continue
+            _end_processes_of(directory)
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_abandoned(directory: Path) -> bool:
+    import fcntl
+
+    try:
+        fd = os.open(directory / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        # One that is being made has no lock for a moment.
+        return time.time() - directory.stat().st_mtime > 60
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _lock(directory: Path) -> int:
+    """Take the lock that says that a directory is in use; it is held as long as a copy of it is open."""
+    import fcntl
+
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
+
+
+def _end_processes_of(directory: Path) -> None:
+    mark = f"YD_AGENT_HOME={directory}/".encode()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark in Path("/proc", entry, "environ").read_bytes():
+                    os.kill(int(entry), signal.SIGKILL)
+
+
+def _bind(port: int | None) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port or 0))
+    except OSError as error:
+        listener.close()
+        raise LocalPlatformError(
+            f"the local platform's API cannot listen on 127.0.0.1:{port}: {error.strerror}; choose another port"
+        ) from None
+    return listener
+
+
+def _require_packages() -> None:
+    try:
+        import pyroute2  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise LocalPlatformError(
+            f"the local platform needs the package {error.name}: pip install 'yellowdog-ray[local,ray]'"
+        ) from None
+
+
+def _require_ray_ports(nodes: LocalNodes) -> None:
+    """Refuse to start where plain processes would meet somebody else's Ray on its ports."""
+    for port in _RAY_PORTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("0.0.0.0", port))  # noqa: S104
+            except OSError as error:
+                raise LocalPlatformError(
+                    f"port {port} is taken on this machine ({error.strerror}), and nodes that are "
+                    f"{nodes.isolation.sentence()} share its ports: end what uses it, or start the platform "
+                    "where it can make namespaces"
+                ) from None
+
+

@@ -1,0 +1,151 @@
+"""Machines that are only told about: nodes and tasks that live by the loop's clock alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from yellowdog_ray.local.events import (
+    AbortTask,
+    Effect,
+    Event,
+    NodeFailed,
+    NodeLost,
+    NodeRegistered,
+    NodeStopped,
+    StartNode,
+    StartTask,
+    StopNode,
+    TaskExited,
+    TaskStarted,
+)
+
+__all__ = ["SimulatedBackend"]
+
+
+@dataclass
+class _Machine:
+    boot: asyncio.TimerHandle | None
+    hostname: str
+    tasks: dict[str, asyncio.TimerHandle | None] = field(default_factory=dict)
+
+
+class SimulatedBackend:
+    """A :class:`~yellowdog_ray.local.events.NodeBackend` without processes.
+
+    A task runs until it is aborted or its node ends; or, where its environment says so, for
+    ``SIMULATED_SECONDS`` seconds, then ending with ``SIMULATED_EXIT_CODE`` (0 if not given). Either
+    variable alone is enough.
+
+    :param on_event: gets the events, on the loop.
+    :param boot_delay: seconds from a node's start to its registration.
+    :param start_delay: seconds from a task's start to its process.
+    :param stop_delay: seconds that ending a node or an aborted task takes.
+    :param fail_boot: says, for a node's start, why it fails; None lets it succeed.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        on_event: Callable[[Event], None],
+        *,
+        boot_delay: float = 0.02,
+        start_delay: float = 0.01,
+        stop_delay: float = 0.01,
+        fail_boot: Callable[[StartNode], str | None] | None = None,
+    ) -> None:
+        self.boot_delay = boot_delay
+        self.start_delay = start_delay
+        self.stop_delay = stop_delay
+        self.fail_boot = fail_boot
+        #: Every effect that was asked for, in order.
+        self.applied: list[Effect] = []
+        self._loop = loop
+        self._on_event = on_event
+        self._machines: dict[str, _Machine] = {}
+        self._where: dict[str, str] = {}
+        self._addresses = 0
+
+    def apply(self, effect: Effect) -> None:
+        """Begin to carry out an effect."""
+        self.applied.append(effect)
+        if isinstance(effect, StartNode):
+            timer = self._loop.call_later(self.boot_delay, self._boot, effect)
+            self._machines[effect.instance_id] = _Machine(timer, effect.hostname)
+        elif isinstance(effect, StopNode):
+            if self._end(effect.instance_id):
+                self._loop.call_later(self.stop_delay, self._on_event, NodeStopped(effect.instance_id))
+        elif isinstance(effect, StartTask):
+            machine = self._machines.get(effect.instance_id)
+            if machine is not None:
+                self._where[effect.run_id] = effect.instance_id
+                machine.tasks[effect.run_id] = self._loop.call_later(self.start_delay, self._start, effect)
+        elif isinstance(effect, AbortTask):
+            self._abort(effect)
+
+    def lose(self, instance_id: str, reason: str = "preempted") -> None:
+        """Let a machine die without being told to."""
+        if self._end(instance_id):
+            self._on_event(NodeLost(instance_id, reason))
+
+    def exit(self, run_id: str, exit_code: int, output_tail: str = "") -> None:
+        """Let a task's process end."""
+        machine = self._machines.get(self._where.pop(run_id, ""))
+        if machine is not None and run_id in machine.tasks:
+            timer = machine.tasks.pop(run_id)
+            if timer is not None:
+                timer.cancel()
+            self._on_event(TaskExited(run_id, exit_code, output_tail))
+
+    def close(self) -> None:
+        """End everything without a word."""
+        for instance_id in list(self._machines):
+            self._end(instance_id)
+
+    def _boot(self, start: StartNode) -> None:
+        machine = self._machines[start.instance_id]
+        machine.boot = None
+        reason = self.fail_boot(start) if self.fail_boot is not None else None
+        if reason is not None:
+            del self._machines[start.instance_id]
+            self._on_event(NodeFailed(start.instance_id, reason))
+            return
+        # 10.0.0.1 and on: room for sixteen million.
+        self._addresses += 1
+        number = self._addresses
+        address = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+        self._on_event(
+            NodeRegistered(start.instance_id, start.hostname, address, None, start.vcpus, start.ram)
+        )
+
+    def _start(self, task: StartTask) -> None:
+        machine = self._machines[task.instance_id]
+        machine.tasks[task.run_id] = None
+        wish = task.environment
+        if "SIMULATED_SECONDS" in wish or "SIMULATED_EXIT_CODE" in wish:
+            code = int(wish.get("SIMULATED_EXIT_CODE", "0"))
+            delay = float(wish.get("SIMULATED_SECONDS", "0"))
+            machine.tasks[task.run_id] = self._loop.call_later(delay, self.exit, task.run_id, code)
+        self._on_event(TaskStarted(task.run_id))
+
+    def _abort(self, abort: AbortTask) -> None:
+        machine = self._machines.get(abort.instance_id)
+        if machine is None or abort.run_id not in machine.tasks:
+            return
+        timer = machine.tasks[abort.run_id]
+        if timer is not None:
+            timer.cancel()
+        # 128 + SIGTERM.
+        machine.tasks[abort.run_id] = self._loop.call_later(self.stop_delay, self.exit, abort.run_id, 143)
+
+    def _end(self, instance_id: str) -> bool:
+        machine = self._machines.pop(instance_id, None)
+        if machine is None:
+            return False
+        for timer in (machine.boot, *machine.tasks.values()):
+            if timer is not None:
+                timer.cancel()
+        for run_id in machine.tasks:
+            self._where.pop(run_id, None)
+        return True
