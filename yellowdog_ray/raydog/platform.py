@@ -1,0 +1,437 @@
+# ruff: noqa: PLC0415 - the SDK is imported when it is first needed, not before
+"""The only room that talks to YellowDog: create or adopt, submit, and watch.
+
+Every creation is by a name that is known beforehand. An answer that was lost is followed by a look-up of
+that name, and what stands there is adopted where it is what this build asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from yellowdog_ray.errors import BuildError, NameTakenError, NotFoundError, PlatformError
+from yellowdog_ray.raydog import plan
+from yellowdog_ray.raydog.plan import PoolPlan
+from yellowdog_ray.raydog.specs import ClusterSpec, Credentials
+from yellowdog_ray.raydog.transport import Operation, Transport, already_exists, transient
+
+if TYPE_CHECKING:
+    from yellowdog_client import PlatformClient
+    from yellowdog_client.model import (
+        ComputeRequirement,
+        Node,
+        ProvisionedWorkerPool,
+        Task,
+        TaskGroup,
+        WorkRequirement,
+    )
+
+__all__ = ["Platform"]
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+# With the caller's own thread ten calls at once: as many connections as the SDK's session keeps.
+THREADS = 9
+
+
+class Platform:
+    """YellowDog, as far as a cluster needs it. It does nothing until it is first called.
+
+    :param credentials: the application key and the API.
+    """
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._transport = Transport(credentials)
+        self._threads: ThreadPoolExecutor | None = None
+        self._threads_lock = threading.Lock()
+
+    @property
+    def client(self) -> PlatformClient:
+        """The YellowDog SDK's client."""
+        return self._transport.client
+
+    @property
+    def host(self) -> str:
+        """The API's host."""
+        return self._transport.credentials.host
+
+    def now(self) -> datetime:
+        """Tell the time by the platform's clock."""
+        return self._transport.now()
+
+    def submit(self, function: Callable[[], _T]) -> Future[_T]:
+        """Run a function in one of the platform's threads."""
+        with self._threads_lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="raydog")
+            return self._threads.submit(function)
+
+    def close(self) -> None:
+        """Close the connections and end the threads. Both come back when they are next needed."""
+        with self._threads_lock:
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=True)
+        self._transport.close()
+
+    def call(
+        self, what: str, function: Callable[[], _T], operation: Operation, seconds: float | None = None
+    ) -> _T:
+        """Make a call and outlive its transient faults; see :meth:`Transport.call`."""
+        return self._transport.call(what, function, operation, seconds)
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def check_template(self, template: str, operation: Operation) -> None:
+        """Make sure that a compute requirement template can be read, and thereby the credentials.
+
+        :raises NotFoundError: where the platform does not know it.
+        """
+        compute = self.client.compute_client
+        namespace, slash, name = template.partition("/")
+
+        def read() -> object:
+            if slash:
+                return compute.get_compute_requirement_template_by_name(namespace, name)
+            return compute.get_compute_requirement_template_by_id(template)
+
+        try:
+            self.call(f"read the compute requirement template {template}", read, operation)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"the platform knows no compute requirement template {template!r}, or this application key "
+                f"may not see it; nothing has been created",
+                404,
+            ) from error
+
+    def work_requirement(self, work_requirement_id: str, operation: Operation) -> WorkRequirement:
+        """Read a work requirement with its task groups and the counts of their tasks."""
+        work = self.client.work_client
+        return self.call(
+            f"read the work requirement {work_requirement_id}",
+            lambda: work.get_work_requirement_by_id(work_requirement_id),
+            operation,
+        )
+
+    def task(self, task_id: str, operation: Operation) -> Task:
+        """Read a task."""
+        work = self.client.work_client
+        return self.call(f"read the task {task_id}", lambda: work.get_task_by_id(task_id), operation)
+
+    def tasks(self, group_id: str, operation: Operation, statuses: Iterable[Any] | None = None) -> list[Task]:
+        """List a task group's tasks, of some statuses or all."""
+        from yellowdog_client.model import TaskSearch
+
+        search = TaskSearch(taskGroupId=group_id, statuses=None if statuses is None else list(statuses))
+        work = self.client.work_client
+        return self.call(
+            f"list the tasks of {group_id}", lambda: work.get_tasks(search).list_all(), operation
+        )
+
+    def nodes(self, pool_id: str, operation: Operation) -> list[Node]:
+        """List the nodes that have registered in a pool, gone ones too."""
+        from yellowdog_client.model import NodeSearch
+
+        search = NodeSearch(workerPoolId=pool_id)
+        workers = self.client.worker_pool_client
+        return self.call(
+            f"list the nodes of {pool_id}", lambda: workers.get_nodes(search).list_all(), operation
+        )
+
+    def pool(self, pool_id: str, operation: Operation) -> ProvisionedWorkerPool:
+        """Read a worker pool."""
+        workers = self.client.worker_pool_client
+        pool: Any = self.call(
+            f"read the worker pool {pool_id}", lambda: workers.get_worker_pool_by_id(pool_id), operation
+        )
+        return pool  # type: ignore[no-any-return]
+
+    def compute(self, compute_requirement_id: str, operation: Operation) -> ComputeRequirement:
+        """Read a compute requirement."""
+        compute = self.client.compute_client
+        return self.call(
+            f"read the compute requirement {compute_requirement_id}",
+            lambda: compute.get_compute_requirement_by_id(compute_requirement_id),
+            operation,
+        )
+
+    def find_pool(self, namespace: str, name: str, operation: Operation) -> ProvisionedWorkerPool | None:
+        """Look for a worker pool by its name."""
+        workers = self.client.worker_pool_client
+        pool: Any = self._find(
+            f"look for the worker pool {name}",
+            lambda: workers.get_worker_pool_by_name(namespace, name),
+            operation,
+        )
+        return pool  # type: ignore[no-any-return]
+
+    def find_compute(self, namespace: str, name: str, operation: Operation) -> ComputeRequirement | None:
+        """Look for a compute requirement by its name."""
+        compute = self.client.compute_client
+        return self._find(
+            f"look for the compute requirement {name}",
+            lambda: compute.get_compute_requirement_by_name(namespace, name),
+            operation,
+        )
+
+    def find_work_requirement(
+        self, namespace: str, name: str, operation: Operation
+    ) -> WorkRequirement | None:
+        """Look for a work requirement by its name."""
+        work = self.client.work_client
+        return self._find(
+            f"look for the work requirement {name}",
+            lambda: work.get_work_requirement_by_name(namespace, name),
+            operation,
+        )
+
+    def _find(self, what: str, function: Callable[[], _T], operation: Operation) -> _T | None:
+        try:
+            return self.call(what, function, operation)
+        except NotFoundError:
+            return None
+
+    # -- creating --------------------------------------------------------------------------------------
+
+    def create_pool(
+        self,
+        cluster: ClusterSpec,
+        pool: PoolPlan,
+        lifetime: timedelta | None,
+        since: datetime,
+        operation: Operation,
+    ) -> ProvisionedWorkerPool:
+        """Provision a pool, or adopt it where an earlier call of ours did so and its answer was lost.
+
+        :param since: when the build began, by the platform's clock.
+        :raises NameTakenError: where something else has the pool's name.
+        """
+        usage, properties = plan.pool_request(cluster, pool, lifetime)
+        workers = self.client.worker_pool_client
+
+        def adopt() -> ProvisionedWorkerPool | None:
+            found = self.find_pool(cluster.namespace, pool.name, operation)
+            if found is not None and not is_our_pool(found, pool, since):
+                raise _name_taken("worker pool", found, cluster.namespace, pool.name)
+            return found
+
+        return self._create(
+            f"provision the worker pool {pool.name}",
+            lambda: workers.provision_worker_pool(usage, properties),
+            adopt,
+            operation,
+        )
+
+    def create_work_requirement(
+        self,
+        cluster: ClusterSpec,
+        pools: list[PoolPlan],
+        lifetime: timedelta | None,
+        since: datetime,
+        operation: Operation,
+    ) -> WorkRequirement:
+        """Add the cluster's work requirement, or adopt it; see :meth:`create_pool`."""
+        requirement = plan.work_requirement(cluster, pools, lifetime)
+        groups = {pool.group for pool in pools}
+        work = self.client.work_client
+
+        def adopt() -> WorkRequirement | None:
+            found = self.find_work_requirement(cluster.namespace, cluster.name, operation)
+            if found is not None and not is_our_work_requirement(found, groups, cluster, since):
+                raise _name_taken("work requirement", found, cluster.namespace, cluster.name)
+            return found
+
+        return self._create(
+            f"add the work requirement {cluster.name}",
+            lambda: work.add_work_requirement(requirement),
+            adopt,
+            operation,
+        )
+
+    def _create(
+        self, what: str, post: Callable[[], _T], adopt: Callable[[], _T | None], operation: Operation
+    ) -> _T:
+        def attempt() -> _T:
+            try:
+                return post()
+            except Exception as error:
+                if not transient(error) and not already_exists(error):
+                    raise
+                found = adopt()
+                if found is None:
+                    raise
+                log.info("The answer to the call to %s was lost; what it created was found", what)
+                return found
+
+        return self.call(what, attempt, operation)
+
+    def add_task_group(self, work_requirement_id: str, group: TaskGroup, operation: Operation) -> TaskGroup:
+        """Append a task group to a work requirement; the caller sees to it that only one does so at a time.
+
+        The whole work requirement is read, changed and written back: the platform has no other way, and
+        the last writer wins. A group of this name that is already there was appended by an earlier try.
+        """
+        work = self.client.work_client
+
+        def attempt() -> TaskGroup:
+            present = work.get_work_requirement_by_id(work_requirement_id)
+            found = _group(present, group.name)
+            if found is None:
+                present.taskGroups = [*(present.taskGroups or []), group]
+                found = _group(work.update_work_requirement(present), group.name)
+            if found is None:
+                raise PlatformError(f"the platform did not keep the task group {group.name}")
+            return found
+
+        return self.call(f"add the task group {group.name}", attempt, operation)
+
+    def add_tasks(self, group_id: str, batch: list[Task], operation: Operation) -> list[Task]:
+        """Add named tasks to a group; those that an earlier try has added already are not added again."""
+        work = self.client.work_client
+        wanted = {task.name for task in batch}
+        missing = list(batch)
+        found: list[Task] = []
+
+        def attempt() -> list[Task]:
+            nonlocal missing, found
+            try:
+                return found + work.add_tasks_to_task_group_by_id(group_id, missing)
+            except Exception as error:
+                if not transient(error) and not already_exists(error):
+                    raise
+                found = [task for task in self.tasks(group_id, operation) if task.name in wanted]
+                there = {task.name for task in found}
+                missing = [task for task in batch if task.name not in there]
+                if missing:
+                    raise
+                return found
+
+        return self.call(f"add {len(batch)} tasks to {group_id}", attempt, operation)
+
+    def cancel_task(self, task_id: str, operation: Operation) -> None:
+        """Cancel a task, and abort it where it is executing."""
+        work = self.client.work_client
+        self.call(
+            f"cancel the task {task_id}", lambda: work.cancel_task_by_id(task_id, abort=True), operation
+        )
+
+    # -- judging ---------------------------------------------------------------------------------------
+
+    def why_no_nodes(self, pool_id: str, name: str, operation: Operation) -> str | None:
+        """Tell why a pool cannot give nodes any more; None where it still can."""
+        try:
+            pool = self.pool(pool_id, operation)
+        except NotFoundError:
+            return f"the worker pool {name} is gone"
+        reasons = []
+        if pool.computeRequirementId:
+            try:
+                reason = compute_failure(self.compute(pool.computeRequirementId, operation))
+            except NotFoundError:
+                reason = "it is gone"
+            if reason:
+                reasons.append(f"its compute requirement cannot provide instances: {reason}")
+        if pool.status is not None and pool.status.finished:
+            reasons.append(f"it is {pool.status}")
+        return (
+            f"the worker pool {name} gives no more nodes: {'; '.join(reversed(reasons))}" if reasons else None
+        )
+
+
+def group_ids(requirement: WorkRequirement) -> dict[str, str]:
+    """Map the names of a work requirement's task groups to their ids."""
+    groups = {group.name: group.id for group in requirement.taskGroups or [] if group.id}
+    return {name: identifier for name, identifier in groups.items() if identifier}
+
+
+def _group(requirement: WorkRequirement, name: str) -> TaskGroup | None:
+    return next((group for group in requirement.taskGroups or [] if group.name == name), None)
+
+
+def is_our_pool(found: ProvisionedWorkerPool, pool: PoolPlan, since: datetime) -> bool:
+    """Tell whether a pool that stands under our name is the one that this build asked for."""
+    properties = found.properties
+    return (
+        found.name == pool.name
+        and properties is not None
+        and properties.workerTag == pool.name
+        and properties.maxNodes == pool.node_count
+        and _created_since(found.createdTime, since)
+    )
+
+
+def is_our_compute(found: ComputeRequirement, pool: PoolPlan, since: datetime) -> bool:
+    """Tell whether a compute requirement that stands under our name is the one that this build asked for."""
+    return found.name == pool.name and _created_since(found.createdTime, since)
+
+
+def is_our_work_requirement(
+    found: WorkRequirement, groups: AbstractSet[str], cluster: ClusterSpec, since: datetime
+) -> bool:
+    """Tell whether a work requirement that stands under our name is the one that this build asked for."""
+    return (
+        found.name == cluster.name
+        and found.tag == cluster.tag
+        and {group.name for group in found.taskGroups or []} >= groups
+        and _created_since(found.createdTime, since)
+    )
+
+
+def _created_since(created: datetime | None, since: datetime) -> bool:
+    # Two seconds for what is not known of the platform's clock; see Transport.now.
+    return created is not None and created >= since - timedelta(seconds=2)
+
+
+def _name_taken(kind: str, found: Any, namespace: str, name: str) -> NameTakenError:
+    status = f" ({found.status})" if getattr(found, "status", None) is not None else ""
+    return NameTakenError(
+        f"there already is a {kind} {name!r} in the namespace {namespace!r} that this build did not create: "
+        f"{found.id}{status}, created {found.createdTime}. Use another cluster_name, or end that one"
+    )
+
+
+def compute_failure(compute: ComputeRequirement) -> str | None:
+    """Tell why a compute requirement cannot provide instances any more; None where it still can."""
+    from yellowdog_client.model import ComputeRequirementStatus, ComputeSourceStatus
+
+    sources: list[Any] = list(getattr(compute.provisionStrategy, "sources", None) or [])
+    errored = [source for source in sources if source.status is ComputeSourceStatus.ERRORED]
+    messages = [f"{source.name}: {source.statusMessage or 'no message'}" for source in errored]
+    # Where one of several sources has failed, the others may still deliver.
+    if sources and len(errored) == len(sources):
+        return f"every source is ERRORED ({'; '.join(messages)})"
+    over = (
+        ComputeRequirementStatus.TERMINATING,
+        ComputeRequirementStatus.TERMINATED,
+        ComputeRequirementStatus.STOPPED,
+    )
+    if compute.status in over:
+        return f"it is {compute.status}{f' ({chr(59).join(messages)})' if messages else ''}"
+    return None
+
+
+def task_failure(task: Task, what: str, node_ip: str | None) -> BuildError:
+    """Put into words that a task has ended: how, why, and where its output is or was."""
+    error = task.errors[-1] if task.errors else None
+    code = (
+        f" with exit code {error.processExitCode}"
+        if error is not None and error.processExitCode is not None
+        else ""
+    )
+    text = error.error.strip() if error is not None else "the platform gives no reason"
+    message = f"{what} {task.name!r} ({task.id}) ended {task.status}{code}: {text}"
+    if "\n" not in text and task.id:
+        place = task.id.replace(":", "_")
+        message += (
+            f"\nIts output was in $YD_AGENT_DATA/workers/{place}/taskoutput.txt on the node "
+            f"{node_ip or task.nodeId or 'that ran it'}; the agent deletes it when the task ends"
+        )
+    return BuildError(message)

@@ -1,0 +1,149 @@
+"""The saved state of a cluster: what another process needs to shut it down, and no secret.
+
+The five keys that files of the existing package hold are always there and keep their meaning:
+``cluster_name``, ``cluster_namespace``, ``cluster_tag``, ``work_requirement_id`` and
+``worker_pool_ids``, the last with *all* pools, the head's and the observability node's too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from yellowdog_ray.errors import SpecError, StateError
+from yellowdog_ray.raydog.specs import RayAuth, check_api_url
+
+__all__ = ["FORMAT_VERSION", "ClusterState", "PoolState"]
+
+FORMAT_VERSION = 1
+
+_LEGACY_KEYS = ("work_requirement_id", "worker_pool_ids")
+
+
+def _without_none(value: Any) -> Any:
+    # The existing package can save a pool that it never got an id for as null.
+    return [item for item in value if item is not None] if isinstance(value, list) else value
+
+
+# Ids become parts of URLs: nothing that is not an id may pass.
+WorkRequirementId = Annotated[str, Field(pattern=r"^ydid:workreq:[0-9A-Za-z:-]+$")]
+WorkerPoolId = Annotated[str, Field(pattern=r"^ydid:wrkrpool:[0-9A-Za-z:-]+$")]
+ComputeRequirementId = Annotated[str, Field(pattern=r"^ydid:compreq:[0-9A-Za-z:-]+$")]
+PlatformName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*[a-z0-9]$", max_length=60)]
+
+
+class PoolState(BaseModel):
+    """What is known of one pool.
+
+    :param name: its name on the platform, also that of its compute requirement.
+    :param id: its id; None while the platform has not told it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    name: PlatformName
+    role: Literal["head", "observability", "worker"]
+    group: PlatformName
+    internal_name: str
+    node_count: int
+    id: WorkerPoolId | None = None
+    compute_requirement_id: ComputeRequirementId | None = None
+
+
+class ClusterState(BaseModel):
+    """A cluster, as far as another process has to know it to find and end all of it.
+
+    :param api_url: the API that the cluster lives behind; None in files of the existing package.
+    :param ray_auth: whether Ray's token authentication is on. The token itself is not here.
+    :param pools: every pool with its name; empty in files of the existing package.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    cluster_name: str | None = None
+    cluster_namespace: PlatformName | None = None
+    cluster_tag: str | None = None
+    work_requirement_id: WorkRequirementId | None
+    worker_pool_ids: Annotated[list[WorkerPoolId], BeforeValidator(_without_none)]
+    format_version: int = FORMAT_VERSION
+    api_url: str | None = None
+    ray_auth: RayAuth | None = None
+    pools: list[PoolState] = []
+
+    def to_json(self) -> str:
+        """Write the state as JSON text."""
+        return self.model_dump_json(indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "the saved state") -> ClusterState:
+        """Read a state from JSON text, of this package or of the existing one.
+
+        :param source: what an error calls the text.
+        :raises StateError: where it is not the saved state of a cluster.
+        """
+        try:
+            values = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise StateError(f"{source} is not JSON: {error}") from None
+        if not isinstance(values, dict) or any(key not in values for key in _LEGACY_KEYS):
+            raise StateError(
+                f"{source} is not the saved state of a cluster: it has to be a JSON object with the keys "
+                f"{' and '.join(_LEGACY_KEYS)}"
+            )
+        version = values.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise StateError(
+                f"{source} is not the saved state of a cluster: its format_version is {version!r}"
+            )
+        if version > FORMAT_VERSION:
+            raise StateError(
+                f"{source} has format {version}, and this version of yellowdog-ray reads formats up to "
+                f"{FORMAT_VERSION}; use the version that wrote it, or a newer one"
+            )
+        try:
+            state = cls(**values)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+                for problem in error.errors(include_input=False, include_url=False)
+            )
+            raise StateError(f"{source} cannot be used: {problems}") from None
+        if state.api_url is not None:
+            try:
+                check_api_url(state.api_url)
+            except SpecError as error:
+                raise StateError(f"{source} cannot be used: {error}") from None
+        return state
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file: whole or not at all, and readable by its owner alone (mode 0600).
+
+        :raises OSError: where the file cannot be written.
+        """
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ClusterState:
+        """Read a state file.
+
+        :raises StateError: where it is not the saved state of a cluster.
+        :raises OSError: where it cannot be read.
+        """
+        return cls.from_json(Path(path).read_bytes(), source=f"the file {os.fspath(path)}")
