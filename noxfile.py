@@ -1,0 +1,59 @@
+"""The project's checks: the same for a person, for CI and for the README."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["tests", "lint", "types", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Build a real Ray cluster on the embedded platform, use it and shut it down."""
+    session.install(".[local,ray]")
+    session.run("raydog", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run all tests, with real Ray nodes; arguments go to pytest."""
+    session.install("-e", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def fast(session: nox.Session) -> None:
+    """Run the tests that start no Ray, on every supported Python that is installed here."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "not ray", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install("ruff>=0.6")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the package."""
+    session.install("-e", ".[local]", "mypy>=1.11", "types-paramiko")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning is an error."""
+    session.install("-e", ".[local,docs]")
+    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure how long a real cluster takes, beside the same Ray nodes started by hand."""
+    session.install("-e", ".[local,ray]")
+    session.run("python", "benchmarks/build_real.py", *session.posargs)

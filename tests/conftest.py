@@ -1,0 +1,1 @@
+"""What all tests share; its presence also lets them import the helpers beside it."""
