@@ -65,9 +65,14 @@ def run(isolation: str | None = None) -> int:
             _use(platform, public_ip or private_ip)
             with _step("Shutting it down from its saved state, in another process"):
                 _shut_down_elsewhere(platform, state_file)
+            if platform.nodes():
+                raise LocalPlatformError(f"nodes still exist: {', '.join(platform.nodes())}")
         with _step("Stopping the local platform"):
             platform.close()
-    _say("Nothing is left: no task, node, process, network interface or file.")
+        left = platform.leftovers()
+    if left:
+        raise LocalPlatformError(f"this is left on the machine: {', '.join(left)}")
+    _say("Looked for processes, network interfaces and files of it: nothing is left.")
     return 0
 
 

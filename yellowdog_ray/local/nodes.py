@@ -44,7 +44,7 @@ from yellowdog_ray.local.process_node import mirror_environment, write_plain_env
 from yellowdog_ray.local.protocol import Channel, Closed
 from yellowdog_ray.local.supervisor import AGENT_HOME, Settings
 
-__all__ = ["NODE_MEMORY", "Isolation", "LocalNodes", "SSHIdentity"]
+__all__ = ["NODE_MEMORY", "Isolation", "LocalNodes", "SSHIdentity", "free_memory", "processes_of"]
 
 NODE_MEMORY = 450 << 20
 """Bytes of memory that a Ray node needs at the least (measured: about 400 MB with Ray 2.60)."""
@@ -170,7 +170,7 @@ class LocalNodes:
             self._supervisor = subprocess.Popen(
                 [
                     sys.executable, "-m", "yellowdog_ray.local.supervisor",
-                    str(theirs.fileno()), json.dumps(asdict(settings)), str(os.getpid()),
+                    str(theirs.fileno()), str(self._lock), json.dumps(asdict(settings)), str(os.getpid()),
                 ],
                 pass_fds=[theirs.fileno(), self._lock],
                 stdin=subprocess.DEVNULL,
@@ -232,6 +232,21 @@ class LocalNodes:
             time.sleep(0.02)
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    def instances(self) -> list[str]:
+        """List the instances whose nodes exist."""
+        return list(self._ids)
+
+    def leftovers(self) -> list[str]:
+        """List what of the nodes and their supervisor is left: processes, an interface, the directory."""
+        found = [f"process {pid}" for pid in processes_of(self._directory)]
+        if self._supervisor.poll() is None:
+            found.append(f"supervisor {self._supervisor.pid}")
+        if self._interface and Path("/sys/class/net", self._interface).exists():
+            found.append(f"network interface {self._interface}")
+        if self._directory.exists():
+            found.append(f"directory {self._directory}")
+        return found
+
     # Effects
 
     def apply(self, effect: Effect) -> None:
@@ -292,6 +307,8 @@ class LocalNodes:
                     "YD_REGION": request.region,
                     "YD_INSTANCE_TYPE": request.instance_type,
                     "YD_INSTANCE_ID": request.instance_id,
+                    # Known by this, whatever becomes of their parents: see processes_of().
+                    "RAYDOG_NODE_FILES": f"{self._directory}/{node_id}",
                     **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
                 },
             },
@@ -465,6 +482,18 @@ MaxSessions 100
 AcceptEnv LANG LC_* RAY_*
 Subsystem sftp internal-sftp
 """
+
+
+def processes_of(directory: Path) -> list[int]:
+    """List the processes of nodes whose files are in a platform's directory, by their environment."""
+    mark = str(directory).encode() + b"/"
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark in Path("/proc", entry, "environ").read_bytes():
+                    found.append(int(entry))
+    return found
 
 
 def free_memory() -> int:

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
-from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, free_memory
+from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, free_memory, processes_of
 
 if TYPE_CHECKING:
     from yellowdog_ray.local.scheduler import Scheduler
@@ -215,6 +215,15 @@ class LocalPlatform:
         self._nodes.close()
         os.close(self._lock)
 
+    def nodes(self) -> list[str]:
+        """List the instances whose nodes exist on this machine now, whatever the API says of them."""
+        self._require_running()
+        return self._nodes.instances()
+
+    def leftovers(self) -> list[str]:
+        """List what of this platform is left on the machine: nothing, once it is closed."""
+        return self._nodes.leftovers()
+
     def __enter__(self) -> LocalPlatform:
         if self._state is _State.NEW:
             self.start()
@@ -324,14 +333,14 @@ def remove_leftovers() -> None:
     """Remove what platforms of this user left on this machine when they were killed together with their
     supervisors.
 
-    Namespaces need no care: the kernel has taken them apart. Plain processes may still be running; they
-    are known by the directory in their environment.
+    Namespaces need no care: the kernel has taken them apart. Plain processes may still be running.
     """
     for directory in Path(_DIRECTORY_HOME).glob(f"{_DIRECTORY_PREFIX}*"):
         with contextlib.suppress(OSError):
             if directory.stat().st_uid != os.geteuid() or not _is_abandoned(directory):
                 continue
-            _end_processes_of(directory)
+            for pid in processes_of(directory):
+                os.kill(pid, signal.SIGKILL)
             shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -359,15 +368,6 @@ def _lock(directory: Path) -> int:
     fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(fd, fcntl.LOCK_SH)
     return fd
-
-
-def _end_processes_of(directory: Path) -> None:
-    mark = f"YD_AGENT_HOME={directory}/".encode()
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
-            with contextlib.suppress(OSError):
-                if mark in Path("/proc", entry, "environ").read_bytes():
-                    os.kill(int(entry), signal.SIGKILL)
 
 
 def _bind(port: int | None) -> socket.socket:

@@ -70,30 +70,30 @@ class _Session:
         try:
             if client.subsystem is not None:
                 raise OSError(f"there is no subsystem {client.subsystem!r}, only sftp")
-            self._child = child = await self._start()
+            child = await self._start()
             finished = asyncio.create_task(self._finish(child))
             hung_up = asyncio.create_task(client.wait_closed())
             await asyncio.wait({finished, hung_up}, return_when=asyncio.FIRST_COMPLETED)
-            if child.returncode is None:
-                # As from a terminal: what is to survive a hang-up says so with nohup.
-                self.kill(signal.SIGHUP)
-                self.kill(signal.SIGCONT)
-            elif child.returncode < 0:
-                client.exit_with_signal(signal.Signals(-child.returncode).name.removeprefix("SIG"))
-            else:
-                client.exit(child.returncode)
             finished.cancel()
-            await child.wait()
+            if child.returncode is not None and child.returncode < 0:
+                client.exit_with_signal(signal.Signals(-child.returncode).name.removeprefix("SIG"))
+            elif child.returncode is not None:
+                client.exit(child.returncode)
         except OSError as error:
             client.stderr.write(f"Could not run this: {error}\n".encode())
             client.exit(127)
         finally:
-            self.running.discard(self)
+            # A hang-up, if it still runs. As from a terminal: what is to survive that says so with nohup.
+            self.kill(signal.SIGHUP)
+            self.kill(signal.SIGCONT)
             if self._feeder is not None:
                 self._feeder.cancel()
             if self._terminal is not None:
                 os.close(self._terminal)
                 self._terminal = None
+            if self._child is not None:
+                await self._child.wait()
+            self.running.discard(self)
 
     async def _start(self) -> asyncio.subprocess.Process:
         """Start the command and tie it to the client."""
@@ -112,7 +112,7 @@ class _Session:
             pipes = [os.pipe()[::-1], os.pipe(), os.pipe()]
             ours, theirs = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]
         try:
-            child = await asyncio.create_subprocess_exec(
+            self._child = child = await asyncio.create_subprocess_exec(
                 *([_SHELL] if client.command is None else [_SHELL, "-c", client.command]),
                 stdin=theirs[0],
                 stdout=theirs[1],

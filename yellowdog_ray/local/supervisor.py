@@ -71,10 +71,13 @@ class Settings:
 
 
 def main() -> None:
-    """Run as the watcher: ``python -m yellowdog_ray.local.supervisor FD SETTINGS OWNER_PID``."""
-    control = socket.socket(fileno=int(sys.argv[1]))
-    settings = Settings(**json.loads(sys.argv[2]))
-    owner = int(sys.argv[3])
+    """Run as the watcher: ``python -m yellowdog_ray.local.supervisor FD LOCK_FD SETTINGS OWNER_PID``."""
+    control_fd, lock_fd, owner = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4])
+    for fd in (control_fd, lock_fd):
+        # Neither is for tasks: one that outlives its agent would keep the directory locked.
+        os.set_inheritable(fd, False)
+    control = socket.socket(fileno=control_fd)
+    settings = Settings(**json.loads(sys.argv[3]))
     os.setsid()
     linux.set_process_name("raydog-watcher")
     signal.signal(signal.SIGINT, signal.SIG_IGN)

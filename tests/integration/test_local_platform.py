@@ -1,0 +1,367 @@
+"""What a node of the local platform is, and what becomes of it when things go wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from yellowdog_client import PlatformClient
+from yellowdog_client.model import (
+    ApiKey,
+    ComputeRequirementTemplateUsage,
+    NodeSearch,
+    NodeWorkerTarget,
+    ProvisionedWorkerPoolProperties,
+    RunSpecification,
+    ServicesSchema,
+    Task,
+    TaskGroup,
+    TaskStatus,
+    WorkRequirement,
+)
+
+from yellowdog_ray import LocalPlatform
+from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
+from yellowdog_ray.local import nodes as nodes_module
+from yellowdog_ray.local.nodes import Isolation
+from yellowdog_ray.local.platform import NodeTemplate
+
+from .conftest import kinds
+
+NODES = 2
+
+
+class Lab:
+    """Two nodes of a platform and a way to run tasks on them, through the SDK alone."""
+
+    def __init__(self, platform: LocalPlatform, client: PlatformClient) -> None:
+        self.platform, self.client = platform, client
+        self.count = 0
+        pool = client.worker_pool_client.provision_worker_pool(
+            ComputeRequirementTemplateUsage(
+                templateId=platform.template_names[0],
+                requirementName="lab",
+                requirementNamespace="local",
+                targetInstanceCount=NODES,
+            ),
+            ProvisionedWorkerPoolProperties(createNodeWorkers=NodeWorkerTarget.per_node(1), workerTag="lab"),
+        )
+        self.compute_id = pool.computeRequirementId
+        self.nodes = until(lambda: self._nodes(pool.id))
+
+    def _nodes(self, pool_id: Any) -> list[Any] | None:
+        found = self.client.worker_pool_client.find_nodes(NodeSearch(workerPoolId=pool_id))
+        return found if len(found) == NODES else None
+
+    def submit(self, script: str, count: int = 1, **environment: str) -> list[str]:
+        """Run a script as so many tasks and return their ids."""
+        self.count += 1
+        work = self.client.work_client.add_work_requirement(
+            WorkRequirement(
+                namespace="local",
+                name=f"lab-{self.count}",
+                taskGroups=[TaskGroup("group", RunSpecification(taskTypes=["bash"], workerTags=["lab"]))],
+            )
+        )
+        assert work.taskGroups
+        tasks = [
+            Task(
+                name=f"task-{number}",
+                taskType="bash",
+                arguments=["taskdata.txt"],
+                taskData=script,
+                environment=environment,
+            )
+            for number in range(count)
+        ]
+        return [
+            str(task.id) for task in self.client.work_client.add_tasks_to_task_group(work.taskGroups[0], tasks)
+        ]
+
+    def task(self, task_id: str) -> Task:
+        return self.client.work_client.get_task_by_id(task_id)
+
+    def reached(self, task_id: str, *statuses: TaskStatus) -> Task:
+        """Wait until a task is in one of the states."""
+
+        def look() -> Task | None:
+            task = self.task(task_id)
+            return task if task.status in statuses else None
+
+        return until(look)
+
+    def failure_output(self, script: str, **environment: str) -> str:
+        """Run a script, have it fail, and return what it printed, as the platform tells it."""
+        (task_id,) = self.submit(f"{script}\nexit 9", **environment)
+        task = self.reached(task_id, TaskStatus.FAILED, TaskStatus.COMPLETED)
+        assert task.errors
+        assert task.errors[-1].processExitCode == 9
+        return task.errors[-1].error
+
+    def ssh(self, node: Any, command: str, *options: str) -> subprocess.CompletedProcess[str]:
+        """Run a command on a node by the system's SSH client, which checks the node's key."""
+        address, port = node.details.publicIpAddress, self.platform.ssh_port
+        with tempfile.NamedTemporaryFile("w", suffix=".known_hosts") as known:
+            known.write(f"[{address}]:{port} {self.platform.ssh_host_key}\n")
+            known.write(f"{address} {self.platform.ssh_host_key}\n")
+            known.flush()
+            return subprocess.run(
+                [
+                    "ssh", "-F", "none", "-o", "BatchMode=yes", "-o", f"UserKnownHostsFile={known.name}",
+                    "-o", "GlobalKnownHostsFile=none", "-o", "StrictHostKeyChecking=yes", "-o", "IdentitiesOnly=yes",
+                    "-i", self.platform.ssh_private_key_file, "-p", str(port), *options,
+                    f"{self.platform.ssh_user}@{address}", command,
+                ],
+                capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+
+def until(look: Callable[[], Any], timeout: float = 15) -> Any:
+    """Wait until a function returns something."""
+    deadline = time.monotonic() + timeout
+    while not (found := look()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(kind, system_sshd) for kind in kinds() for system_sshd in (True, False)],
+    ids=lambda param: f"{param[0].value}-{'sshd' if param[1] else 'embedded'}",
+)
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    kind, system_sshd = request.param
+    if system_sshd and not nodes_module._find_sshd():
+        pytest.skip("no sshd is installed")
+    with LocalPlatform(isolation=kind, system_sshd=system_sshd) as platform:
+        schema = ServicesSchema(defaultUrl=platform.url)
+        with PlatformClient.create(schema, ApiKey(platform.key_id, platform.secret)) as client:
+            yield Lab(platform, client)
+    assert platform.leftovers() == []
+
+
+def test_a_task_runs_as_the_agent_runs_it(lab: Lab) -> None:
+    """A task has its directory, data and environment as the agent gives them, and nothing of the user's."""
+    output = lab.failure_output(
+        'echo "dir=$(basename "$PWD") data=$(wc -l < taskdata.txt) args=$0 mine=$MINE home=$HOME slot=$YD_WORKER_SLOT"\n'
+        'echo "task=$YD_TASK_ID agent=$YD_AGENT_HOME user=$(id -un) path=$PATH secret=${YD_API_KEY_SECRET-unset}"\n'
+        "ls \"$YD_AGENT_HOME/venv/bin/activate\"; cat taskoutput.txt | head -n 1 | cut -c 1-4",
+        MINE="yes",
+    )
+    assert "dir=ydid_task_" in output
+    assert "args=taskdata.txt mine=yes" in output
+    assert "slot=0" in output
+    assert "task=ydid:task:" in output
+    assert f"user={lab.platform.ssh_user}" in output
+    assert "secret=unset" in output
+    assert "/venv/bin/activate" in output
+    assert output.rstrip().endswith("dir=")
+
+
+def test_the_agents_environment_is_this_one(lab: Lab) -> None:
+    """The agent's venv is the Python environment that the platform was started from."""
+    output = lab.failure_output(
+        '. "$YD_AGENT_HOME/venv/bin/activate"; python -c "import ray, sys; print(ray.__file__, sys.version_info[:2])"'
+    )
+    import ray
+
+    assert Path(ray.__file__).name in output
+    assert str(sys.version_info[:2]) in output
+
+
+def test_nodes_are_apart(lab: Lab) -> None:
+    """With namespaces, a node has a host name, processes and a /tmp of its own."""
+    if lab.platform.isolation is Isolation.PROCESSES:
+        output = lab.failure_output("echo $RAYDOG_NODE_FILES; ls -d $YD_AGENT_HOME")
+        assert "/agent" in output
+        return
+    mark = Path("/tmp", f"raydog-test-{os.getpid()}")
+    mark.touch()
+    try:
+        output = lab.failure_output(
+            f"ls {mark} 2>/dev/null || echo no-mark; hostname; ls /proc | grep -c '^[0-9]'; getent hosts $(hostname)"
+        )
+    finally:
+        mark.unlink()
+    lines = output.splitlines()
+    assert "no-mark" in lines
+    assert any(line.startswith("lab-") for line in lines)
+    assert any(line.isdigit() and int(line) < 12 for line in lines)
+    assert any(node.details.privateIpAddress in output for node in lab.nodes)
+
+
+def test_ssh_opens_a_node(lab: Lab) -> None:
+    """SSH runs commands on a node, with their exit status, and gives a terminal."""
+    node = lab.nodes[0]
+    result = lab.ssh(node, "echo on $(hostname); exit 5")
+    assert result.returncode == 5, result.stderr
+    if lab.platform.isolation is not Isolation.PROCESSES:
+        assert result.stdout == f"on {node.details.hostname}\n"
+    terminal = lab.ssh(node, "tty", "-tt")
+    assert terminal.returncode == 0, terminal.stderr
+    assert "/dev/pts/" in terminal.stdout
+
+
+def test_another_key_does_not_open_a_node(lab: Lab, tmp_path: Path) -> None:
+    """SSH with another key is refused."""
+    other = tmp_path / "other"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(other)], check=True)
+    address = lab.nodes[0].details.publicIpAddress
+    result = subprocess.run(
+        [
+            "ssh", "-F", "none", "-o", "BatchMode=yes", "-o", "UserKnownHostsFile=/dev/null",
+            "-o", "StrictHostKeyChecking=no", "-o", "IdentitiesOnly=yes", "-i", str(other),
+            "-p", str(lab.platform.ssh_port), f"{lab.platform.ssh_user}@{address}", "true",
+        ],
+        capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert result.returncode == 255
+    assert "Permission denied" in result.stderr
+
+
+def test_an_abort_is_sigterm(lab: Lab) -> None:
+    """An aborted task gets SIGTERM, so its traps run, and what it leaves behind is ended."""
+    (task_id,) = lab.submit("trap 'exit 143' TERM\nsleep 1000 &\necho $! > $YD_AGENT_HOME/pid\nwait $!\n")
+    task = lab.reached(task_id, TaskStatus.EXECUTING)
+    node = next(node for node in lab.nodes if node.id == task.nodeId)
+    directory = "$YD_AGENT_HOME" if lab.platform.isolation is Isolation.PROCESSES else "~"
+    pid = until(lambda: lab.ssh(node, f"cat {directory}/pid").stdout.strip())
+    lab.client.work_client.cancel_task_by_id(task_id, abort=True)
+    lab.reached(task_id, TaskStatus.ABORTED)
+    assert lab.ssh(node, f"ps -p {pid}").returncode == 1
+
+
+def test_two_tasks_run_on_two_nodes(lab: Lab) -> None:
+    """Tasks that run at the same time are on different nodes, which have different addresses."""
+    ids = lab.submit("sleep 2", count=2)
+    tasks = [lab.reached(task_id, TaskStatus.EXECUTING) for task_id in ids]
+    assert {task.nodeId for task in tasks} == {node.id for node in lab.nodes}
+    assert len({node.details.privateIpAddress for node in lab.nodes}) == NODES
+    for task_id in ids:
+        lab.reached(task_id, TaskStatus.COMPLETED)
+
+
+_OWNER = """
+import sys, time
+from yellowdog_ray import LocalPlatform
+from yellowdog_client import PlatformClient
+from yellowdog_client.model import *
+platform = LocalPlatform(isolation=sys.argv[1]).start()
+client = PlatformClient.create(ServicesSchema(defaultUrl=platform.url), ApiKey(platform.key_id, platform.secret))
+pool = client.worker_pool_client.provision_worker_pool(
+    ComputeRequirementTemplateUsage(
+        templateId="local/node", requirementName="owned", requirementNamespace="local", targetInstanceCount=1
+    ),
+    ProvisionedWorkerPoolProperties(createNodeWorkers=NodeWorkerTarget.per_node(1), workerTag="owned"),
+)
+work = client.work_client.add_work_requirement(WorkRequirement(namespace="local", name="owned", taskGroups=[
+    TaskGroup("group", RunSpecification(taskTypes=["bash"], workerTags=["owned"]))]))
+(task,) = client.work_client.add_tasks_to_task_group(work.taskGroups[0], [
+    Task(name="task", taskType="bash", arguments=["taskdata.txt"], taskData="setsid sleep 1000 & sleep 1000")])
+while client.work_client.get_task_by_id(task.id).status != TaskStatus.EXECUTING:
+    time.sleep(0.05)
+time.sleep(0.3)
+nodes = platform._nodes
+print(nodes._directory, nodes._interface or "-", nodes._supervisor.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.fixture(params=kinds(), ids=lambda kind: kind.value)
+def owner(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], Path, str, int]]:
+    """A process that owns a platform with a node on which a task runs."""
+    process = subprocess.Popen([sys.executable, "-c", _OWNER, request.param.value], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    directory, interface, supervisor = process.stdout.readline().split()
+    yield process, Path(directory), interface, int(supervisor)
+    process.kill()
+    process.wait()
+
+
+def _sleepers(directory: Path) -> list[int]:
+    return nodes_module.processes_of(directory)
+
+
+def test_the_platform_ends_with_its_owner(owner: tuple[subprocess.Popen[str], Path, str, int]) -> None:
+    """When the owner is killed, nodes, tasks, interface and directory are gone within seconds."""
+    process, directory, interface, _ = owner
+    assert _sleepers(directory)
+
+    process.kill()
+
+    until(lambda: not directory.exists(), timeout=5)
+    assert not _sleepers(directory)
+    until(lambda: not Path("/sys/class/net", interface).exists(), timeout=5)
+
+
+def test_the_next_start_removes_what_a_crash_left(
+    owner: tuple[subprocess.Popen[str], Path, str, int],
+) -> None:
+    """When the supervisor is killed together with the owner, the next platform cleans up after both."""
+    process, directory, _, supervisor = owner
+    os.kill(supervisor, signal.SIGKILL)
+    process.kill()
+    process.wait()
+    assert directory.exists()
+
+    with LocalPlatform():
+        assert not directory.exists()
+        until(lambda: not _sleepers(directory), timeout=5)
+
+
+def test_a_taken_port_is_named() -> None:
+    """A platform that cannot have the port that it was told says so, and leaves nothing."""
+    with LocalPlatform() as first:
+        port = int(first.url.rpartition(":")[2])
+        with pytest.raises(LocalPlatformError, match=str(port)):
+            LocalPlatform(port=port).start()
+
+
+def test_plain_processes_need_rays_ports() -> None:
+    """Plain processes share the machine's ports; a taken one is named before anything is created."""
+    import socket
+
+    with socket.socket() as squatter:
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        squatter.bind(("0.0.0.0", 6379))
+        squatter.listen()
+        before = set(Path("/tmp").glob("raydog-local-*"))
+        with pytest.raises(LocalPlatformError, match="6379"):
+            LocalPlatform(isolation="processes").start()
+        assert set(Path("/tmp").glob("raydog-local-*")) == before
+
+
+def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without the memory for a node is told so at the start."""
+    monkeypatch.setattr("yellowdog_ray.local.platform.free_memory", lambda: 100 << 20)
+    with pytest.raises(LocalPlatformError, match="100 MiB are free"):
+        LocalPlatform().start()
+
+
+def test_arguments_are_checked() -> None:
+    """Arguments that cannot work are refused with the ones that can."""
+    with pytest.raises(SpecError, match="user-namespaces"):
+        LocalPlatform(isolation="containers")
+    with pytest.raises(SpecError, match="70000"):
+        LocalPlatform(port=70000)
+    with pytest.raises(SpecError, match="namespace/name"):
+        LocalPlatform(templates={"node": NodeTemplate()})
+
+
+def test_a_closed_platform_says_so() -> None:
+    """Closing twice is silent; using a closed platform is an error that says why."""
+    platform = LocalPlatform().start()
+    platform.close()
+    platform.close()
+    with pytest.raises(ClusterStateError, match="closed"):
+        _ = platform.url
+    assert platform.leftovers() == []
