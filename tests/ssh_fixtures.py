@@ -198,6 +198,7 @@ class _Echo(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):
             while data := self.request.recv(65536):
                 self.request.sendall(data[:1])  # in two parts, as Ray's servers answer
+                time.sleep(0.002)
                 self.request.sendall(data[1:])
 
 

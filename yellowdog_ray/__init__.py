@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
     from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
 
-__all__ = ["LocalPlatform", "RayDogCluster", "RayDogClusterProxy", "RayTunnels", "SSHTunnelSpec", "__version__"]
+__all__ = [
+    "LocalPlatform",
+    "RayDogCluster",
+    "RayDogClusterProxy",
+    "RayTunnels",
+    "SSHTunnelSpec",
+    "__version__",
+]
 
 __version__ = "3.0.0.dev0"
 

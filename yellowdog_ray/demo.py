@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -101,11 +102,11 @@ def _use(platform: LocalPlatform, address: str) -> None:
             SSHTunnelSpec("localhost", _free_port(), "localhost", remote) for remote in (10001, 8265)
         ],
     )
-    with _step("Waiting for Ray on the head, through an SSH tunnel"):
-        _wait_for_port(tunnels)
     with tunnels:
+        with _step("Waiting for Ray on the head, through the tunnels"):
+            tunnels.wait_for_ray()
         with _step("Opening a Ray Client session"):
-            ray.init(tunnels.client_address, logging_level="ERROR")
+            ray.init(tunnels.client_address, logging_level=logging.ERROR)
         try:
             with _step("Waiting until both workers have joined"):
                 nodes = _wait_for_nodes(ray)
@@ -133,7 +134,7 @@ def _compute_pi(ray: Any, nodes: list[dict[str, Any]]) -> tuple[float, Counter[s
 
         random.seed(seed)
         hits = sum(random.random() ** 2 + random.random() ** 2 <= 1 for _ in range(samples))  # noqa: S311
-        return hits, ray.util.get_node_ip_address()
+        return hits, str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
     remote = ray.remote(sample)
     workers = [node["NodeID"] for node in nodes if "node:__internal_head__" not in node["Resources"]]
@@ -159,26 +160,6 @@ def _wait_for_nodes(ray: Any) -> list[dict[str, Any]]:
                 f"only {len(alive)} of {_NODES} nodes have joined Ray after {_JOIN_TIMEOUT:.0f} s"
             )
         time.sleep(0.1)
-
-
-def _wait_for_port(tunnels: RayTunnels) -> None:
-    """Wait until the Ray Client port on the head answers: `build()` returns as soon as its task runs."""
-    deadline = time.monotonic() + _JOIN_TIMEOUT
-    with tunnels:
-        address = tunnels.client_address.removeprefix("ray://").split(":")
-        while time.monotonic() < deadline:
-            with socket.create_connection((address[0], int(address[1]))) as connection:
-                # A tunnel to a port where nobody listens is closed at once; a server waits for us to speak.
-                connection.settimeout(0.3)
-                try:
-                    if connection.recv(1):
-                        return
-                except TimeoutError:
-                    return
-                except OSError:
-                    pass
-            time.sleep(0.1)
-    raise WaitTimeoutError(f"Ray's client port on the head did not answer within {_JOIN_TIMEOUT:.0f} s")
 
 
 def _shut_down_elsewhere(platform: LocalPlatform, state_file: Path) -> None:

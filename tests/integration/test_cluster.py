@@ -41,13 +41,8 @@ def ray_session(platform: LocalPlatform, address: str) -> Iterator[Any]:
         ssh_port=platform.ssh_port,
         host_key=platform.ssh_host_key,
     ) as tunnels:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                ray.init(tunnels.client_address, logging_level="ERROR")
-                break
-            except ConnectionError:
-                assert time.monotonic() < deadline, "Ray on the head did not answer in 60 s"
+        tunnels.wait_for_ray(timedelta(seconds=60))
+        ray.init(tunnels.client_address, logging_level="ERROR")
         try:
             yield ray
         finally:
@@ -144,9 +139,7 @@ def test_a_head_that_fails(
     platform: LocalPlatform, make_cluster: Callable[..., RayDogCluster], nothing_runs: Callable[[], None]
 ) -> None:
     """A head script that ends with an error ends the build at once, with its exit code and its last words."""
-    cluster = make_cluster(
-        head_node_ray_start_script="echo starting\necho 'no such licence' >&2\nexit 7\n"
-    )
+    cluster = make_cluster(head_node_ray_start_script="echo starting\necho 'no such licence' >&2\nexit 7\n")
     cluster.add_worker_pool(platform.template_names[0], None, 1)
 
     began = time.monotonic()

@@ -83,7 +83,8 @@ class Lab:
             for number in range(count)
         ]
         return [
-            str(task.id) for task in self.client.work_client.add_tasks_to_task_group(work.taskGroups[0], tasks)
+            str(task.id)
+            for task in self.client.work_client.add_tasks_to_task_group(work.taskGroups[0], tasks)
         ]
 
     def task(self, task_id: str) -> Task:
@@ -116,7 +117,8 @@ class Lab:
             return subprocess.run(
                 [
                     "ssh", "-F", "none", "-o", "BatchMode=yes", "-o", f"UserKnownHostsFile={known.name}",
-                    "-o", "GlobalKnownHostsFile=none", "-o", "StrictHostKeyChecking=yes", "-o", "IdentitiesOnly=yes",
+                    "-o", "GlobalKnownHostsFile=none", "-o", "StrictHostKeyChecking=yes",
+                    "-o", "IdentitiesOnly=yes",
                     "-i", self.platform.ssh_private_key_file, "-p", str(port), *options,
                     f"{self.platform.ssh_user}@{address}", command,
                 ],
@@ -152,15 +154,14 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
 def test_a_task_runs_as_the_agent_runs_it(lab: Lab) -> None:
     """A task has its directory, data and environment as the agent gives them, and nothing of the user's."""
     output = lab.failure_output(
-        'echo "dir=$(basename "$PWD") data=$(wc -l < taskdata.txt) args=$0 mine=$MINE home=$HOME slot=$YD_WORKER_SLOT"\n'
-        'echo "task=$YD_TASK_ID agent=$YD_AGENT_HOME user=$(id -un) path=$PATH secret=${YD_API_KEY_SECRET-unset}"\n'
-        "ls \"$YD_AGENT_HOME/venv/bin/activate\"; cat taskoutput.txt | head -n 1 | cut -c 1-4",
+        'echo "dir=$(basename "$PWD") data=$(wc -l < taskdata.txt) args=$0 mine=$MINE"\n'
+        'echo "slot=$YD_WORKER_SLOT task=$YD_TASK_ID user=$(id -un) secret=${YD_API_KEY_SECRET-unset}"\n'
+        'ls "$YD_AGENT_HOME/venv/bin/activate"; cat taskoutput.txt | head -n 1 | cut -c 1-4',
         MINE="yes",
     )
     assert "dir=ydid_task_" in output
     assert "args=taskdata.txt mine=yes" in output
-    assert "slot=0" in output
-    assert "task=ydid:task:" in output
+    assert "slot=0 task=ydid:task:" in output
     assert f"user={lab.platform.ssh_user}" in output
     assert "secret=unset" in output
     assert "/venv/bin/activate" in output
@@ -170,7 +171,8 @@ def test_a_task_runs_as_the_agent_runs_it(lab: Lab) -> None:
 def test_the_agents_environment_is_this_one(lab: Lab) -> None:
     """The agent's venv is the Python environment that the platform was started from."""
     output = lab.failure_output(
-        '. "$YD_AGENT_HOME/venv/bin/activate"; python -c "import ray, sys; print(ray.__file__, sys.version_info[:2])"'
+        '. "$YD_AGENT_HOME/venv/bin/activate"\n'
+        'python -c "import ray, sys; print(ray.__file__, sys.version_info[:2])"'
     )
     import ray
 
@@ -188,7 +190,8 @@ def test_nodes_are_apart(lab: Lab) -> None:
     mark.touch()
     try:
         output = lab.failure_output(
-            f"ls {mark} 2>/dev/null || echo no-mark; hostname; ls /proc | grep -c '^[0-9]'; getent hosts $(hostname)"
+            f"ls {mark} 2>/dev/null || echo no-mark; hostname\n"
+            "ls /proc | grep -c '^[0-9]'; getent hosts $(hostname)"
         )
     finally:
         mark.unlink()
@@ -234,7 +237,10 @@ def test_an_abort_is_sigterm(lab: Lab) -> None:
     task = lab.reached(task_id, TaskStatus.EXECUTING)
     node = next(node for node in lab.nodes if node.id == task.nodeId)
     directory = "$YD_AGENT_HOME" if lab.platform.isolation is Isolation.PROCESSES else "~"
-    pid = until(lambda: lab.ssh(node, f"cat {directory}/pid").stdout.strip())
+    def written() -> str:
+        return lab.ssh(node, f"cat {directory}/pid").stdout.strip()
+
+    pid = until(written)
     lab.client.work_client.cancel_task_by_id(task_id, abort=True)
     lab.reached(task_id, TaskStatus.ABORTED)
     assert lab.ssh(node, f"ps -p {pid}").returncode == 1
@@ -256,7 +262,8 @@ from yellowdog_ray import LocalPlatform
 from yellowdog_client import PlatformClient
 from yellowdog_client.model import *
 platform = LocalPlatform(isolation=sys.argv[1]).start()
-client = PlatformClient.create(ServicesSchema(defaultUrl=platform.url), ApiKey(platform.key_id, platform.secret))
+key = ApiKey(platform.key_id, platform.secret)
+client = PlatformClient.create(ServicesSchema(defaultUrl=platform.url), key)
 pool = client.worker_pool_client.provision_worker_pool(
     ComputeRequirementTemplateUsage(
         templateId="local/node", requirementName="owned", requirementNamespace="local", targetInstanceCount=1
@@ -266,7 +273,8 @@ pool = client.worker_pool_client.provision_worker_pool(
 work = client.work_client.add_work_requirement(WorkRequirement(namespace="local", name="owned", taskGroups=[
     TaskGroup("group", RunSpecification(taskTypes=["bash"], workerTags=["owned"]))]))
 (task,) = client.work_client.add_tasks_to_task_group(work.taskGroups[0], [
-    Task(name="task", taskType="bash", arguments=["taskdata.txt"], taskData="setsid sleep 1000 & sleep 1000")])
+    Task(name="task", taskType="bash", arguments=["taskdata.txt"],
+         taskData="setsid sleep 1000 & sleep 1000")])
 while client.work_client.get_task_by_id(task.id).status != TaskStatus.EXECUTING:
     time.sleep(0.05)
 time.sleep(0.3)
@@ -279,7 +287,9 @@ time.sleep(1000)
 @pytest.fixture(params=kinds(), ids=lambda kind: kind.value)
 def owner(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], Path, str, int]]:
     """A process that owns a platform with a node on which a task runs."""
-    process = subprocess.Popen([sys.executable, "-c", _OWNER, request.param.value], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _OWNER, request.param.value], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout
     directory, interface, supervisor = process.stdout.readline().split()
     yield process, Path(directory), interface, int(supervisor)

@@ -258,7 +258,7 @@ def _spawn(
             for number in range(1, signal.NSIG):
                 with contextlib.suppress(OSError, ValueError):
                     signal.signal(number, signal.SIG_DFL)
-            os.execve(command[0], command, environment)
+            os.execve(command[0], command, environment)  # noqa: S606
         except BaseException as error:
             number = (error.errno if isinstance(error, OSError) else None) or errno.EIO
             os.write(error_write, str(number).encode())
@@ -266,10 +266,10 @@ def _spawn(
             os._exit(127)
     os.close(error_write)
     with os.fdopen(error_read) as answer:
-        number = answer.read()
-    if number:
+        failure = answer.read()
+    if failure:
         os.waitpid(pid, 0)
-        raise OSError(int(number), f"{command[0]}: {os.strerror(int(number))}")
+        raise OSError(int(failure), f"{command[0]}: {os.strerror(int(failure))}")
     return pid
 
 

@@ -30,6 +30,7 @@ __all__ = ["Core", "create_app"]
 _ACCOUNT = "ydid:account:000000:00000000-0000-0000-0000-000000000000"
 _APPLICATION = "ydid:app:000000:00000000-0000-0000-0000-000000000001"
 _GROUP = "ydid:group:000000:00000000-0000-0000-0000-000000000002"
+_ROLE = "ydid:role:00000000-0000-0000-0000-000000000003"
 
 
 def create_app(core: Core) -> Starlette:
@@ -72,6 +73,13 @@ async def _application(call: Call) -> Any:
 
 async def _application_groups(call: Call) -> Any:
     return {"items": [{"id": _GROUP, "name": "administrators", "adminGroup": True}]}
+
+
+async def _group(call: Call) -> Any:
+    if call.path("id") != _GROUP:
+        raise RefusedError.not_found(f"no group {call.path('id')!r}")
+    role = {"role": {"id": _ROLE, "name": "administrator"}, "scope": {"global": True}}
+    return {"id": _GROUP, "name": "administrators", "adminGroup": True, "roles": [role]}
 
 
 def _namespace_json(call: Call, name: str) -> dict[str, Any]:
@@ -136,6 +144,7 @@ _ROUTES: Mapping[tuple[str, str], Action] = {
     ("GET", "/"): _root,
     ("GET", "/application"): _application,
     ("GET", "/account/applications/{id}/groups"): _application_groups,
+    ("GET", "/account/groups/{id}"): _group,
     ("GET", "/namespaces"): _namespaces,
     ("POST", "/namespaces"): _create_namespace,
     ("GET", "/namespaces/policies"): _nothing,

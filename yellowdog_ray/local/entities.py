@@ -266,6 +266,11 @@ class TaskGroup:
         return self.status in ("PENDING", "RUNNING", "FINISHING") and not self.blocked
 
     @property
+    def min_workers(self) -> int:
+        """How many workers it must have claimed to start; a finishing group must have none."""
+        return 0 if self.status == "FINISHING" else self.spec.run.min_workers
+
+    @property
     def in_progress(self) -> int:
         """How many of its tasks are with a worker."""
         return self.counts.get("ALLOCATED", 0) + self.counts.get("EXECUTING", 0)
@@ -296,14 +301,14 @@ class TaskGroup:
         run = self.spec.run
         unfinished = self.in_progress + self.waiting
         per_worker = run.tasks_per_worker or 1
-        wanted = max(run.min_workers, -(-unfinished // per_worker))
+        wanted = max(self.min_workers, -(-unfinished // per_worker))
         if run.max_workers is not None:
             wanted = min(wanted, run.max_workers)
         return wanted - self.claimed
 
     def wanted(self) -> int:
         """Return how many more workers it could use now."""
-        short = max(0, self.spec.run.min_workers - self.claimed)
+        short = max(0, self.min_workers - self.claimed)
         return max(0, min(self.room(), max(short, self.counts.get("READY", 0))))
 
 

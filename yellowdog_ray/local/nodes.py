@@ -192,7 +192,9 @@ class LocalNodes:
         deadline = time.monotonic() + _START_TIMEOUT
         while True:
             if not select.select([self._channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise LocalPlatformError(f"the node supervisor did not say {event!r} in {_START_TIMEOUT:.0f} s")
+                raise LocalPlatformError(
+                    f"the node supervisor did not say {event!r} in {_START_TIMEOUT:.0f} s"
+                )
             try:
                 messages = self._channel.receive()
             except Closed:
@@ -228,7 +230,11 @@ class LocalNodes:
             self._supervisor.wait()
         # The kernel takes a network namespace apart a moment after its last process.
         deadline = time.monotonic() + 5
-        while self._interface and Path("/sys/class/net", self._interface).exists() and time.monotonic() < deadline:
+        while (
+            self._interface
+            and Path("/sys/class/net", self._interface).exists()
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -350,7 +356,7 @@ class LocalNodes:
         )
 
     def _host_address(self, number: int) -> str:
-        """The address at which this machine reaches a node."""
+        """Tell the address at which this machine reaches a node."""
         if self._kind is Isolation.USER_NAMESPACES:
             return f"127.{self._prefix.partition('.')[2]}.{number}"
         return f"{self._prefix}.{number}"
@@ -451,9 +457,12 @@ class LocalNodes:
         me = pwd.getpwuid(os.geteuid())
         for entry in pwd.getpwall():
             if entry.pw_uid != me.pw_uid and entry.pw_name != "yd-agent":
-                lines.append(_passwd_line(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, entry.pw_shell))
+                lines.append(
+                    _passwd_line(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, entry.pw_shell)
+                )
         mine = [
-            _passwd_line(name, me.pw_uid, me.pw_gid, AGENT_HOME, "/bin/bash") for name in (self.user, "yd-agent")
+            _passwd_line(name, me.pw_uid, me.pw_gid, AGENT_HOME, "/bin/bash")
+            for name in (self.user, "yd-agent")
         ]
         (etc / "passwd").write_text("".join([*mine, *lines]))
         if self._kind is Isolation.USER_NAMESPACES:
@@ -584,7 +593,9 @@ def _free_network(isolation: Isolation) -> tuple[str, str]:
             # Routes list their network as a little-endian hexadecimal number.
             if f"\t00{number:02X}D50A\t" not in used and f"raydog{number}" not in used.split():
                 return f"10.213.{number}", f"raydog{number}"
-        raise LocalPlatformError("all 256 networks 10.213.0.0/24 to 10.213.255.0/24 are taken on this machine")
+        raise LocalPlatformError(
+            "all 256 networks 10.213.0.0/24 to 10.213.255.0/24 are taken on this machine"
+        )
     first = "10" if isolation is Isolation.USER_NAMESPACES else "127"
     for offset in range(256):
         number = (start + offset) % 256

@@ -30,6 +30,7 @@ from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecErro
 from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, free_memory, processes_of
 
 if TYPE_CHECKING:
+    from yellowdog_ray.local.events import Event
     from yellowdog_ray.local.scheduler import Scheduler
 
 __all__ = ["DEFAULT_TEMPLATES", "LocalPlatform", "NodeTemplate"]
@@ -179,7 +180,8 @@ class LocalPlatform:
         _require_packages()
         if free_memory() < NODE_MEMORY:
             raise LocalPlatformError(
-                f"too little memory: {free_memory() >> 20} MiB are free, one Ray node needs {NODE_MEMORY >> 20} MiB"
+                f"too little memory: {free_memory() >> 20} MiB are free, "
+                f"one Ray node needs {NODE_MEMORY >> 20} MiB"
             )
         remove_leftovers()
         listener = _bind(self._port)
@@ -202,8 +204,7 @@ class LocalPlatform:
         self._state = _State.RUNNING
         # A platform that nobody closed is closed before the interpreter ends; by its weak reference, so
         # that this does not keep it alive.
-        reference = weakref.ref(self)
-        atexit.register(lambda: (platform := reference()) and platform.close())
+        atexit.register(_close, weakref.ref(self))
         return self
 
     def close(self) -> None:
@@ -263,7 +264,9 @@ class _Server:
         """
         self._thread.start()
         if not self._started.wait(_START_TIMEOUT) or self._failure:
-            raise LocalPlatformError(f"the local platform's API did not start: {self._failure or 'no answer'}")
+            raise LocalPlatformError(
+                f"the local platform's API did not start: {self._failure or 'no answer'}"
+            )
 
     def stop(self) -> None:
         """End the API and the thread."""
@@ -276,6 +279,9 @@ class _Server:
         self._uvicorn.should_exit = True
         # A client that keeps its connection open must not keep the platform open.
         self._uvicorn.force_exit = True
+
+    def _queue_event(self, event: Event) -> None:
+        self._loop.call_soon(self._core.on_event, event)
 
     def _run(self) -> None:
         try:
@@ -297,7 +303,7 @@ class _Server:
         )
         self._core.backend = self._nodes
         # Events may come while effects are being carried out; each waits for its turn.
-        self._nodes.serve(self._loop, lambda event: self._loop.call_soon(self._core.on_event, event) and None)
+        self._nodes.serve(self._loop, self._queue_event)
         config = uvicorn.Config(
             create_app(self._core), log_config=None, access_log=False, lifespan="off", ws="none"
         )
@@ -307,6 +313,12 @@ class _Server:
             await asyncio.sleep(0.005)
         self._started.set()
         await serving
+
+
+def _close(reference: weakref.ref[LocalPlatform]) -> None:
+    platform = reference()
+    if platform is not None:
+        platform.close()
 
 
 def _scheduler(templates: Mapping[str, NodeTemplate]) -> Scheduler:
@@ -330,8 +342,7 @@ def _scheduler(templates: Mapping[str, NodeTemplate]) -> Scheduler:
 
 
 def remove_leftovers() -> None:
-    """Remove what platforms of this user left on this machine when they were killed together with their
-    supervisors.
+    """Remove what platforms of this user left when they were killed together with their supervisors.
 
     Namespaces need no care: the kernel has taken them apart. Plain processes may still be running.
     """
@@ -378,7 +389,8 @@ def _bind(port: int | None) -> socket.socket:
     except OSError as error:
         listener.close()
         raise LocalPlatformError(
-            f"the local platform's API cannot listen on 127.0.0.1:{port}: {error.strerror}; choose another port"
+            f"the local platform's API cannot listen on 127.0.0.1:{port}: {error.strerror}; "
+            "choose another port"
         ) from None
     return listener
 
@@ -407,5 +419,3 @@ def _require_ray_ports(nodes: LocalNodes) -> None:
                     f"{nodes.isolation.sentence()} share its ports: end what uses it, or start the platform "
                     "where it can make namespaces"
                 ) from None
-
-

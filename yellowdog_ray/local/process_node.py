@@ -1,7 +1,8 @@
 """What makes a plain process a node: a Python environment whose ``ray`` stays within its node.
 
 Plain processes share the machine's addresses, ports and ``/tmp``. The ``ray`` that a node's tasks find
-adds to ``ray start`` the node's own address and temporary directory, and its ``ray stop`` ends this node's Ray processes alone: Ray's own ends every Ray process that it can see.
+adds to ``ray start`` the node's own address and temporary directory, and its ``ray stop`` ends this
+node's Ray processes alone: Ray's own ends every Ray process that it can see.
 """
 
 from __future__ import annotations
@@ -84,9 +85,7 @@ def write_plain_environment(place: Path, address: str, temporary: Path) -> None:
     ray = place / "bin" / "ray"
     ray.unlink(missing_ok=True)
     ray.write_text(
-        _RAY.format(
-            python=sys.executable, ray=f"{sys.prefix}/bin/ray", address=address, temporary=temporary
-        )
+        _RAY.format(python=sys.executable, ray=f"{sys.prefix}/bin/ray", address=address, temporary=temporary)
     )
     ray.chmod(0o755)
 

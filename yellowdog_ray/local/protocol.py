@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["Channel", "Closed"]
 
 
-class Closed(Exception):
+class Closed(Exception):  # noqa: N818 - not an error: it is how a line ends
     """The other end is gone."""
 
 

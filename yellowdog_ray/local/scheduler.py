@@ -179,7 +179,7 @@ class Scheduler(Machines, Work):
             if worker.node.usable and self._take(worker, group, now):
                 return
             keep = worker.node.usable and group.active and group.status != "FINISHING"
-            if keep and group.claimed <= group.spec.run.min_workers:
+            if keep and group.claimed <= group.min_workers:
                 group.kept[worker.id] = worker
                 return
             self._release(worker, now)
@@ -188,7 +188,7 @@ class Scheduler(Machines, Work):
 
     def _take(self, worker: Worker, group: TaskGroup, now: float) -> bool:
         """Start a group's next READY task on a worker that it has claimed."""
-        if not group.active or group.claimed < group.spec.run.min_workers:
+        if not group.active or group.claimed < group.min_workers:
             return False
         while group.ready:
             task = group.ready.popleft()
@@ -285,7 +285,7 @@ class Scheduler(Machines, Work):
             self._start_kept(best, now)
 
     def _start_kept(self, group: TaskGroup, now: float) -> None:
-        if not group.counts.get("READY") or group.claimed < group.spec.run.min_workers:
+        if not group.counts.get("READY") or group.claimed < group.min_workers:
             return
         for worker in list(group.kept.values()):
             if not self._take(worker, group, now):

@@ -36,6 +36,8 @@ AGENT_HOME = "/opt/yellowdog/agent"
 AGENT_DATA = "/var/opt/yellowdog/agent/data"
 _STOP_PATIENCE = 3.0
 _BRIDGE = "lan"
+# The first place to import from would be the directory that the server starts in, which is the user's.
+_EMBEDDED_SSHD = "import sys; del sys.path[0]; from yellowdog_ray.local.sshd import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)
@@ -266,9 +268,7 @@ class _Keeper:
                 listener.close()
         channel = Channel(ours)
         self._nodes[message["id"]] = _Node(channel, pid)
-        self._selector.register(
-            channel, selectors.EVENT_READ, lambda: self._relay(message["id"], channel)
-        )
+        self._selector.register(channel, selectors.EVENT_READ, lambda: self._relay(message["id"], channel))
 
     def _close_inherited(self) -> None:
         """In a node's fresh process: drop the lines that are not its own."""
@@ -430,7 +430,9 @@ def _open_namespaces(message: dict[str, Any]) -> None:
     socket.sethostname(message["hostname"])
 
 
-def _be_node(message: dict[str, Any], settings: Settings, listeners: list[socket.socket], line: Channel) -> None:
+def _be_node(
+    message: dict[str, Any], settings: Settings, listeners: list[socket.socket], line: Channel
+) -> None:
     linux.set_process_name("raydog-agent")
     directory = Path(settings.directory, message["id"])
     home, data = Path(directory, "agent"), Path(directory, "data")
@@ -457,13 +459,11 @@ def _be_node(message: dict[str, Any], settings: Settings, listeners: list[socket
         command = [settings.sshd, "-i", "-E", str(ssh / "sshd.log"), "-f", str(ssh / "sshd_config")]
     else:
         command = [
-            message["python"], "-m", "yellowdog_ray.local.sshd",
+            message["python"], "-c", _EMBEDDED_SSHD,
             "--host-key", str(ssh / "host_key"), "--authorized-keys", str(ssh / "authorized_keys"),
             "--user", settings.user, "--user", "yd-agent",
         ]  # fmt: skip
-    Agent(
-        line, home, data, environment, command, listeners, ssh_takes_listeners=settings.sshd is None
-    ).run()
+    Agent(line, home, data, environment, command, listeners, ssh_takes_listeners=settings.sshd is None).run()
 
 
 def _listen(address: str, port: int) -> socket.socket:

@@ -313,7 +313,7 @@ class Work(Engine):
             elif done:
                 self._set_group(group, "COMPLETED", now)
             elif status != "FINISHING":
-                started = group.claimed > 0 and group.claimed >= group.spec.run.min_workers
+                started = group.claimed > 0 and group.claimed >= group.min_workers
                 self._set_group(group, "RUNNING" if started or in_progress else "PENDING", now)
         if group.status == "FAILING" and in_progress == 0:
             self._set_group(group, "FAILED", now)

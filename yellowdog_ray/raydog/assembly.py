@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from yellowdog_ray.errors import BuildError, BuildTimeoutError, RayDogError, TeardownError
 from yellowdog_ray.raydog import plan
 from yellowdog_ray.raydog.plan import PoolPlan
-from yellowdog_ray.raydog.platform import Platform, group_ids, task_failure
+from yellowdog_ray.raydog.platform import Begun, Platform, group_ids, is_our_work_requirement, task_failure
 from yellowdog_ray.raydog.specs import ClusterSpec
-from yellowdog_ray.raydog.teardown import Doubt, PoolTarget, Targets, tear_down
+from yellowdog_ray.raydog.teardown import PoolTarget, Targets, tear_down
 from yellowdog_ray.raydog.transport import Operation, Pause
 
 if TYPE_CHECKING:
@@ -56,11 +56,9 @@ class BuiltPool:
     public_ip: str | None = None
     task_id: str | None = None
 
-    def target(self, doubt: Doubt | None = None) -> PoolTarget:
+    def target(self) -> PoolTarget:
         """Name it for a teardown."""
-        return PoolTarget(
-            self.plan.name, self.id, self.compute_requirement_id, doubt if self.id is None else None
-        )
+        return PoolTarget(self.plan.name, self.id, self.compute_requirement_id)
 
 
 class _Crew:
@@ -134,21 +132,16 @@ class Assembly:
         pools = [*special, *workers]
         crew = _Crew(self.platform, operation)
         self._check_templates(pools, crew)
-        since = self.platform.now()
+        begun = Begun(self.platform.now())
         try:
-            self._build(special, workers, crew, operation, since)
+            self._build(special, workers, crew, operation, begun)
         except BaseException as error:
+            # Noted first, so that nothing is forgotten when a second Ctrl-C ends the taking back.
+            self.left_over = self._targets(pools, begun)
             crew.stop()
-            groups = frozenset(pool.plan.group for pool in pools)
-            targets = Targets(
-                namespace=self.cluster.namespace,
-                work_requirement_id=self.work_requirement_id,
-                work_requirement_name=self.cluster.name,
-                work_requirement_doubt=Doubt(self.cluster, since, groups=groups),
-                pools=[pool.target(Doubt(self.cluster, since, pool.plan)) for pool in pools],
-            )
-            if not take_back(self.platform, targets, error):
-                self.left_over = targets
+            self.left_over = self._targets(pools, begun)
+            if take_back(self.platform, self.left_over, error):
+                self.left_over = None
             if operation.expired and isinstance(error, RayDogError) and not isinstance(error, BuildError):
                 raise BuildTimeoutError(f"{operation.elapsed:.1f} s were not enough: {error}") from error
             raise
@@ -166,22 +159,22 @@ class Assembly:
         workers: Sequence[BuiltPool],
         crew: _Crew,
         operation: Operation,
-        since: Any,
+        begun: Begun,
     ) -> None:
         lifetime = self.cluster.lifetime
         plans = [pool.plan for pool in (*special, *workers)]
-        provisioning = [crew.start(self._provisioner(pool, lifetime, since, operation)) for pool in special]
+        provisioning = [crew.start(self._provisioner(pool, lifetime, begun, operation)) for pool in special]
 
         def add_requirement() -> dict[str, str]:
             requirement = self.platform.create_work_requirement(
-                self.cluster, plans, lifetime, since, operation
+                self.cluster, plans, lifetime, begun, operation
             )
             self.work_requirement_id = requirement.id
             return group_ids(requirement)
 
         adding = crew.start(add_requirement)
         for pool in workers:
-            crew.start(self._provisioner(pool, lifetime, since, operation))
+            crew.start(self._provisioner(pool, lifetime, begun, operation))
 
         for future in provisioning:
             crew.result(future, "the head node's pool has not been provisioned")
@@ -205,7 +198,7 @@ class Assembly:
         """
         crew = _Crew(self.platform, operation)
         self._check_templates([pool], crew)
-        since = self.platform.now()
+        begun = Begun(self.platform.now())
         requirement_id = str(self.work_requirement_id)
 
         def append_group() -> None:
@@ -216,25 +209,35 @@ class Assembly:
             self._submitter(pool, operation)()
 
         try:
-            crew.start(self._provisioner(pool, lifetime, since, operation))
+            crew.start(self._provisioner(pool, lifetime, begun, operation))
             crew.start(append_group)
             crew.finish(f"the worker pool {pool.plan.name} has not been added")
         except BaseException as error:
             crew.stop()
-            self.discard(pool, since, error)
+            cancel_tasks(self.platform, pool)
+            targets = Targets(self.cluster.namespace, pools=_pool_targets([pool], begun))
+            take_back(self.platform, targets, error)
             raise
 
-    def discard(self, pool: BuiltPool, since: Any, error: BaseException) -> None:
-        """Take a worker pool back that could not be added."""
+    def discard(self, pool: BuiltPool, error: BaseException) -> None:
+        """Take a worker pool back that was added, but came too late."""
         cancel_tasks(self.platform, pool)
-        targets = Targets(self.cluster.namespace, pools=[pool.target(Doubt(self.cluster, since, pool.plan))])
-        take_back(self.platform, targets, error)
+        take_back(self.platform, Targets(self.cluster.namespace, pools=[pool.target()]), error)
+
+    def _targets(self, pools: Sequence[BuiltPool], begun: Begun) -> Targets:
+        """List what has been created, and what may have been by calls whose answers were lost."""
+        targets = Targets(self.cluster.namespace, self.work_requirement_id, pools=_pool_targets(pools, begun))
+        if self.work_requirement_id is None and self.cluster.name in begun.unanswered:
+            groups = frozenset(pool.plan.group for pool in pools)
+            targets.work_requirement_name = self.cluster.name
+            targets.is_our_work = lambda found: is_our_work_requirement(found, groups, self.cluster, begun.at)
+        return targets
 
     def _provisioner(
-        self, pool: BuiltPool, lifetime: timedelta | None, since: Any, operation: Operation
+        self, pool: BuiltPool, lifetime: timedelta | None, begun: Begun, operation: Operation
     ) -> Callable[[], None]:
         def provision() -> None:
-            created = self.platform.create_pool(self.cluster, pool.plan, lifetime, since, operation)
+            created = self.platform.create_pool(self.cluster, pool.plan, lifetime, begun, operation)
             pool.id, pool.compute_requirement_id = created.id, created.computeRequirementId
             log.info("Provisioned the worker pool %s (%s)", pool.plan.name, pool.id)
 
@@ -349,6 +352,18 @@ class _Checks:
             return False
         self._next = now + min(10.0, max(0.5, (now - self._started) / 4))
         return True
+
+
+def _pool_targets(pools: Iterable[BuiltPool], begun: Begun) -> list[PoolTarget]:
+    targets = []
+    for pool in pools:
+        target = pool.target()
+        if pool.id is None:
+            if pool.plan.name not in begun.unanswered:
+                continue
+            target.planned, target.since = pool.plan, begun.at
+        targets.append(target)
+    return targets
 
 
 def _active(nodes: Iterable[Node]) -> Node | None:

@@ -132,7 +132,7 @@ class RayDogCluster:
     :raises SpecError: where anything of this cannot work.
     """
 
-    def __init__(  # noqa: PLR0917 - users pass these by position
+    def __init__(
         self,
         yd_application_key_id: str,
         yd_application_key_secret: str,
@@ -327,7 +327,7 @@ class RayDogCluster:
 
     # -- worker pools ----------------------------------------------------------------------------------
 
-    def add_worker_pool(  # noqa: PLR0917 - users pass these by position
+    def add_worker_pool(
         self,
         worker_node_compute_requirement_template_id: str,
         worker_node_task_script: str | None,
@@ -387,14 +387,13 @@ class RayDogCluster:
             self._reserved.add(name)
             cluster = self._assembly
         try:
-            since = self._platform.now()
             cluster.add(pool, self._lifetime_left(), Operation())
             with self._lock:
                 if self._phase is _Phase.RUNNING:
                     self._pools[name] = pool
                     return pool.id
             error = ClusterStateError(f"the worker pool {name!r} was taken back: the cluster was shut down")
-            cluster.discard(pool, since, error)
+            cluster.discard(pool, error)
             raise error
         finally:
             with self._lock:
@@ -686,7 +685,6 @@ class RayDogClusterProxy:
         What is already gone is no error, and the call can be repeated.
 
         :raises ClusterStateError: where no state has been loaded.
-        :raises CredentialsError: where the platform does not accept the key.
         :raises TeardownError: where something may still be running; its ``still_running`` lists it.
         """
         if self._state is None or self._targets is None:

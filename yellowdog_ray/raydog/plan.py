@@ -1,4 +1,3 @@
-# ruff: noqa: PLC0415 - the SDK is imported when it is first needed, not before
 """From what is asked for to the objects that are to be created: pure, no clock, no network.
 
 The SDK is imported inside the functions, so that importing this module costs nothing.

@@ -1,4 +1,3 @@
-# ruff: noqa: PLC0415 - the SDK is imported when it is first needed, not before
 """The only room that talks to YellowDog: create or adopt, submit, and watch.
 
 Every creation is by a name that is known beforehand. An answer that was lost is followed by a look-up of
@@ -12,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         WorkRequirement,
     )
 
-__all__ = ["Platform"]
+__all__ = ["Begun", "Platform"]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,25 @@ _T = TypeVar("_T")
 
 # With the caller's own thread ten calls at once: as many connections as the SDK's session keeps.
 THREADS = 9
+
+
+@dataclass
+class Begun:
+    """What is needed to recognise what a build has created, although an answer was lost.
+
+    :param at: when it began, by the platform's clock.
+    :param unanswered: the names of what a call was sent for whose answer was lost.
+    """
+
+    at: datetime
+    unanswered: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Named:
+    kind: str
+    namespace: str
+    name: str
 
 
 class Platform:
@@ -206,27 +225,22 @@ class Platform:
         cluster: ClusterSpec,
         pool: PoolPlan,
         lifetime: timedelta | None,
-        since: datetime,
+        begun: Begun,
         operation: Operation,
     ) -> ProvisionedWorkerPool:
-        """Provision a pool, or adopt it where an earlier call of ours did so and its answer was lost.
+        """Provision a pool, or adopt it where an earlier try of ours did so and its answer was lost.
 
-        :param since: when the build began, by the platform's clock.
         :raises NameTakenError: where something else has the pool's name.
         """
         usage, properties = plan.pool_request(cluster, pool, lifetime)
         workers = self.client.worker_pool_client
-
-        def adopt() -> ProvisionedWorkerPool | None:
-            found = self.find_pool(cluster.namespace, pool.name, operation)
-            if found is not None and not is_our_pool(found, pool, since):
-                raise _name_taken("worker pool", found, cluster.namespace, pool.name)
-            return found
-
         return self._create(
             f"provision the worker pool {pool.name}",
             lambda: workers.provision_worker_pool(usage, properties),
-            adopt,
+            lambda: self.find_pool(cluster.namespace, pool.name, operation),
+            lambda found: is_our_pool(found, pool, begun.at),
+            _Named("worker pool", cluster.namespace, pool.name),
+            begun,
             operation,
         )
 
@@ -235,41 +249,49 @@ class Platform:
         cluster: ClusterSpec,
         pools: list[PoolPlan],
         lifetime: timedelta | None,
-        since: datetime,
+        begun: Begun,
         operation: Operation,
     ) -> WorkRequirement:
         """Add the cluster's work requirement, or adopt it; see :meth:`create_pool`."""
         requirement = plan.work_requirement(cluster, pools, lifetime)
         groups = {pool.group for pool in pools}
         work = self.client.work_client
-
-        def adopt() -> WorkRequirement | None:
-            found = self.find_work_requirement(cluster.namespace, cluster.name, operation)
-            if found is not None and not is_our_work_requirement(found, groups, cluster, since):
-                raise _name_taken("work requirement", found, cluster.namespace, cluster.name)
-            return found
-
         return self._create(
             f"add the work requirement {cluster.name}",
             lambda: work.add_work_requirement(requirement),
-            adopt,
+            lambda: self.find_work_requirement(cluster.namespace, cluster.name, operation),
+            lambda found: is_our_work_requirement(found, groups, cluster, begun.at),
+            _Named("work requirement", cluster.namespace, cluster.name),
+            begun,
             operation,
         )
 
     def _create(
-        self, what: str, post: Callable[[], _T], adopt: Callable[[], _T | None], operation: Operation
+        self,
+        what: str,
+        post: Callable[[], _T],
+        find: Callable[[], _T | None],
+        is_ours: Callable[[_T], bool],
+        named: _Named,
+        begun: Begun,
+        operation: Operation,
     ) -> _T:
         def attempt() -> _T:
             try:
                 return post()
             except Exception as error:
-                if not transient(error) and not already_exists(error):
+                if transient(error):
+                    begun.unanswered.add(named.name)
+                elif not already_exists(error):
                     raise
-                found = adopt()
-                if found is None:
-                    raise
-                log.info("The answer to the call to %s was lost; what it created was found", what)
-                return found
+                found = find()
+                # Where every call of ours was answered, what is there cannot have come from one of them.
+                if found is not None and named.name in begun.unanswered and is_ours(found):
+                    log.info("The answer to the call to %s was lost; what it created was found", what)
+                    return found
+                if found is not None or already_exists(error):
+                    raise _name_taken(named, found, error) from error
+                raise
 
         return self.call(what, attempt, operation)
 
@@ -386,15 +408,17 @@ def is_our_work_requirement(
 
 
 def _created_since(created: datetime | None, since: datetime) -> bool:
-    # Two seconds for what is not known of the platform's clock; see Transport.now.
-    return created is not None and created >= since - timedelta(seconds=2)
+    return created is not None and created >= since
 
 
-def _name_taken(kind: str, found: Any, namespace: str, name: str) -> NameTakenError:
-    status = f" ({found.status})" if getattr(found, "status", None) is not None else ""
+def _name_taken(named: _Named, found: Any, error: Exception) -> NameTakenError:
+    if found is None:
+        stands = f"the platform says: {error}"
+    else:
+        stands = f"{found.id} ({found.status or 'in an unknown state'}), created {found.createdTime}"
     return NameTakenError(
-        f"there already is a {kind} {name!r} in the namespace {namespace!r} that this build did not create: "
-        f"{found.id}{status}, created {found.createdTime}. Use another cluster_name, or end that one"
+        f"there already is a {named.kind} {named.name!r} in the namespace {named.namespace!r} that this "
+        f"build did not create: {stands}. Use another cluster_name, or end that one"
     )
 
 

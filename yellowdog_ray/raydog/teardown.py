@@ -1,4 +1,3 @@
-# ruff: noqa: PLC0415 - the SDK is imported when it is first needed, not before
 """Ending what a cluster has on the platform: a list of steps, each on its own, and then verified.
 
 "Already gone" is success. What cannot be ended or verified is collected and raised once, at the end.
@@ -11,15 +10,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from yellowdog_ray.errors import NotFoundError, RayDogError, TeardownError
+from yellowdog_ray.errors import CredentialsError, NotFoundError, RayDogError, TeardownError
 from yellowdog_ray.raydog.plan import PoolPlan
-from yellowdog_ray.raydog.platform import Platform, is_our_compute, is_our_pool, is_our_work_requirement
-from yellowdog_ray.raydog.specs import ClusterSpec
+from yellowdog_ray.raydog.platform import Platform, is_our_compute, is_our_pool
 from yellowdog_ray.raydog.transport import Operation, Pause, already_gone
 
-__all__ = ["VERIFY_SECONDS", "Doubt", "PoolTarget", "Targets", "tear_down"]
+if TYPE_CHECKING:
+    from yellowdog_client.model import WorkRequirement
+
+__all__ = ["VERIFY_SECONDS", "PoolTarget", "Targets", "tear_down"]
 
 log = logging.getLogger(__name__)
 
@@ -29,27 +30,19 @@ STEP_SECONDS = 90.0
 VERIFY_SECONDS = 180.0
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """What makes a thing found by name ours: it was asked for like this, and not before then."""
-
-    cluster: ClusterSpec
-    since: datetime
-    pool: PoolPlan | None = None
-    groups: frozenset[str] = frozenset()
-
-
 @dataclass
 class PoolTarget:
     """A pool that is to end, known by its id, by its name, or both.
 
-    :param doubt: set where the pool is known by name only, and has to be recognised as ours first.
+    :param planned: set where it is known by name only and may be another's: what it was asked for as.
+    :param since: with ``planned``: when the build began that asked for it, by the platform's clock.
     """
 
     name: str | None = None
     id: str | None = None
     compute_requirement_id: str | None = None
-    doubt: Doubt | None = None
+    planned: PoolPlan | None = None
+    since: datetime | None = None
 
     def __str__(self) -> str:
         return " ".join(part for part in ("worker pool", self.name, self.id) if part)
@@ -57,12 +50,15 @@ class PoolTarget:
 
 @dataclass
 class Targets:
-    """Everything that is to end. What has been verified as ended is taken off the lists."""
+    """Everything that is to end. What has been verified as ended is taken off the lists.
+
+    :param is_our_work: tells whether a work requirement that was found by its name is the one meant.
+    """
 
     namespace: str | None = None
     work_requirement_id: str | None = None
     work_requirement_name: str | None = None
-    work_requirement_doubt: Doubt | None = None
+    is_our_work: Callable[[WorkRequirement], bool] | None = None
     pools: list[PoolTarget] = field(default_factory=list)
 
     @property
@@ -86,6 +82,13 @@ class _Item:
     not_ended: Callable[[], str | None]
     failures: list[str] = field(default_factory=list)
     known: bool = False
+    hopeless: bool = False
+
+    def look(self) -> str | None:
+        """Ask whether it has ended; and once more to end it, where that has failed."""
+        if self.failures:
+            self.failures = self.end()
+        return self.not_ended()
 
 
 def tear_down(
@@ -130,7 +133,8 @@ def _verify(platform: Platform, items: list[_Item], operation: Operation) -> lis
     left = list(items)
     pause = Pause(operation)
     while True:
-        for item, asked in [(item, platform.submit(item.not_ended)) for item in left]:
+        asking = [item for item in left if not item.hopeless]
+        for item, asked in [(item, platform.submit(item.look)) for item in asking]:
             try:
                 reason = asked.result()
                 item.known = True
@@ -138,13 +142,15 @@ def _verify(platform: Platform, items: list[_Item], operation: Operation) -> lis
                 reason = None
             except RayDogError as error:
                 reason = str(error)
+                # A key that is not accepted now will not be in a minute.
+                item.hopeless = isinstance(error, CredentialsError)
             if reason is None:
                 left = [other for other in left if other is not item]
-            elif operation.expired:
+            elif operation.expired or item.hopeless:
                 item.failures.append(
                     f"the {item.what} has not ended after {operation.elapsed:.0f} s: {reason}"
                 )
-        if not left or operation.expired:
+        if operation.expired or all(item.hopeless for item in left):
             return left
         pause.sleep()
 
@@ -163,13 +169,10 @@ def _work_item(platform: Platform, targets: Targets, operation: Operation) -> _I
 
     def identify() -> None:
         if targets.work_requirement_id is None and targets.namespace and targets.work_requirement_name:
-            doubt = targets.work_requirement_doubt
             found = platform.find_work_requirement(
                 targets.namespace, targets.work_requirement_name, operation
             )
-            if found is not None and (
-                doubt is None or is_our_work_requirement(found, doubt.groups, doubt.cluster, doubt.since)
-            ):
+            if found is not None and (targets.is_our_work is None or targets.is_our_work(found)):
                 targets.work_requirement_id = found.id
 
     def cancel() -> None:
@@ -245,8 +248,7 @@ def _pool_item(
 
 def _identify(platform: Platform, namespace: str | None, pool: PoolTarget, operation: Operation) -> None:
     """Find the ids of a pool and its compute requirement that are not known yet."""
-    doubt = pool.doubt.pool if pool.doubt is not None else None
-    since = pool.doubt.since if pool.doubt is not None else None
+    planned, since = pool.planned, pool.since
     if pool.id is not None and pool.compute_requirement_id is None:
         # Where the pool is gone, its compute requirement may still be there, under the name.
         with contextlib.suppress(NotFoundError):
@@ -255,11 +257,13 @@ def _identify(platform: Platform, namespace: str | None, pool: PoolTarget, opera
         return
     if pool.id is None:
         found = platform.find_pool(namespace, pool.name, operation)
-        if found is not None and (doubt is None or since is None or is_our_pool(found, doubt, since)):
+        if found is not None and (planned is None or since is None or is_our_pool(found, planned, since)):
             pool.id, pool.compute_requirement_id = found.id, found.computeRequirementId
     if pool.compute_requirement_id is None:
         compute = platform.find_compute(namespace, pool.name, operation)
-        if compute is not None and (doubt is None or since is None or is_our_compute(compute, doubt, since)):
+        if compute is not None and (
+            planned is None or since is None or is_our_compute(compute, planned, since)
+        ):
             pool.compute_requirement_id = compute.id
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: PLC0415 - the SDK is imported when it is first needed, not before
 """One call to YellowDog: its errors made readable, and transient faults outlived.
 
 The SDK's own retries sleep for minutes, and repeat a POST whose connection was dropped without looking
@@ -39,6 +38,8 @@ CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0
 # How long one call is tried again before its last error is raised.
 RETRY_SECONDS = 30.0
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 2.0
 _FIRST_RETRY = 0.1
 _LONGEST_RETRY = 2.0
 _TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 508, 509})
@@ -87,7 +88,7 @@ class Pause:
 
     def sleep(self) -> None:
         """Wait for the next look, but not past the operation's end."""
-        seconds = min(2.0, max(0.1, (time.monotonic() - self._started) / 20))
+        seconds = min(LONGEST_PAUSE, max(FIRST_PAUSE, (time.monotonic() - self._started) / 20))
         remaining = self._operation.remaining
         time.sleep(seconds if remaining is None else min(seconds, remaining))
 
@@ -99,7 +100,7 @@ class Transport:
         self.credentials = credentials
         self._client: PlatformClient | None = None
         self._lock = threading.Lock()
-        self._clock_offset = timedelta(0)
+        self._clock: float | None = None
 
     @property
     def client(self) -> PlatformClient:
@@ -117,8 +118,13 @@ class Transport:
             client.close()
 
     def now(self) -> datetime:
-        """Tell the time by the platform's clock, as far as its answers have shown it so far."""
-        return datetime.now(timezone.utc) + self._clock_offset
+        """Tell the time by the platform's clock: it is this late at least, and up to a second later.
+
+        What is created from now on bears this time or a later one, however wrong our own clock is.
+        """
+        if self._clock is None:
+            return datetime.now(timezone.utc) - timedelta(seconds=2)
+        return datetime.fromtimestamp(self._clock + time.monotonic(), timezone.utc)
 
     def call(
         self, what: str, function: Callable[[], _T], operation: Operation, seconds: float | None = None
@@ -175,12 +181,14 @@ class Transport:
 
     def _note_clock(self, response: Any, *_args: Any, **_kwargs: Any) -> None:
         try:
-            told = parsedate_to_datetime(response.headers["Date"])
+            told = parsedate_to_datetime(response.headers["Date"]).timestamp()
         except (KeyError, TypeError, ValueError):
             return
-        offset = told - datetime.now(timezone.utc)
-        # The header has whole seconds, rounded down: less than two seconds are no difference.
-        self._clock_offset = offset if abs(offset) > timedelta(seconds=2) else timedelta(0)
+        # The header has whole seconds, rounded down, and took its time to arrive: the answer that makes it
+        # latest is the nearest to the truth. A hundredth is left for times of creation that are rounded.
+        clock = told - time.monotonic() - 0.01
+        with self._lock:
+            self._clock = clock if self._clock is None else max(clock, self._clock)
 
 
 def _outcome(state: tenacity.RetryCallState) -> BaseException | None:

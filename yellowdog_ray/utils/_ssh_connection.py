@@ -168,24 +168,25 @@ def disconnect(transport: paramiko.Transport, deadline: float) -> None:
     with contextlib.suppress(OSError):
         transport.sock.shutdown(socket.SHUT_RDWR)
     transport.close()
-    transport.join(max(0.0, deadline - time.monotonic()))
+    if transport.is_alive():
+        transport.join(max(0.0, deadline - time.monotonic()))
 
 
-def log_in(
+def log_in(  # noqa: PLR0917 - two of them are for messages only
     transport: paramiko.Transport,
-    where: str,
+    host: str,
     user: str,
     key: paramiko.PKey | None,
-    *,
     key_file: str | None,
     password: str | None,
 ) -> None:
     """Log in with the key and then, if that is refused, with the password, as far as they are given.
 
-    :param where: the server's name in messages.
+    :param host: the server's name, for messages.
     :param key_file: where the key is from, for messages.
     :raises TunnelError: where neither is accepted; the transport is left to the caller.
     """
+    where = f"{host}:{transport.getpeername()[1]}"
     attempts: list[tuple[str, Callable[[], Sequence[str]]]] = []
     if key is not None:
         named = f"the key {key_file} ({HostKey(key.get_name(), key.asbytes())})"
@@ -228,3 +229,19 @@ def quicken(transport: paramiko.Transport) -> None:
             quiet_log.debug("no session for the tunnels' sake: %s", error)
 
     threading.Thread(target=run, name="ray-tunnels-quicken", daemon=True).start()
+
+
+def ask_http(transport: paramiko.Transport, port: int, path: str) -> str:
+    """Ask a web server on the SSH server's localhost; return its status line, or why there is none."""
+    try:
+        with transport.open_channel(
+            "direct-tcpip", ("127.0.0.1", port), ("127.0.0.1", 0), timeout=CONNECT_TIMEOUT
+        ) as channel:
+            channel.settimeout(CONNECT_TIMEOUT)
+            channel.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            answer = channel.recv(1024).decode(errors="replace").partition("\r\n")[0]
+            return answer or f"port {port} closes connections at once"
+    except paramiko.ChannelException:
+        return f"nothing listens on port {port}"
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        return f"port {port} does not answer ({str(error) or type(error).__name__})"

@@ -20,15 +20,17 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 import paramiko
 import sshtunnel
 
-from yellowdog_ray.errors import SpecError, TunnelError
+from yellowdog_ray.errors import ClusterStateError, SpecError, TunnelError, WaitTimeoutError
 from yellowdog_ray.utils._ssh_connection import (
     HostKey,
+    ask_http,
     connect,
     disconnect,
     load_key,
@@ -41,6 +43,7 @@ __all__ = ["RayTunnels", "SSHTunnelSpec"]
 
 _CLIENT_PORT = 10001
 _DASHBOARD_PORT = 8265
+_AGENT_PORT = 52365  # Ray's default for --dashboard-agent-listen-port
 _STOP_TIMEOUT = 2.0  # seconds
 
 
@@ -168,14 +171,7 @@ class RayTunnels:
                 for spec in self._specs:
                     self._servers.append(_Server(spec))
                 self._transport = connect(self._host, self._ssh_port, self._host_key)
-                log_in(
-                    self._transport,
-                    f"{self._host}:{self._ssh_port}",
-                    self._user,
-                    key,
-                    key_file=self._key_file,
-                    password=self._password,
-                )
+                log_in(self._transport, self._host, self._user, key, self._key_file, self._password)
                 quicken(self._transport)
                 for server in self._servers:
                     server.serve(self._transport)
@@ -215,6 +211,31 @@ class RayTunnels:
     def dashboard_url(self) -> str | None:
         """The dashboard's local URL, such as ``"http://127.0.0.1:8265"``; None if 8265 is not forwarded."""
         return self._address("http", _DASHBOARD_PORT)
+
+    def wait_for_ray(self, timeout: timedelta = timedelta(minutes=5)) -> None:
+        """Wait until Ray on the head takes clients: some seconds after its task has started.
+
+        A client that comes earlier may be turned away (``Starting Ray client server failed``): Ray opens the
+        client port before it can start anything on the node. What is asked is the health of the head's own
+        raylet, at ``/api/local_raylet_healthz`` on port 52365 of its localhost, which needs no token.
+
+        :param timeout: how long to wait.
+        :raises ClusterStateError: where the tunnels are not open.
+        :raises WaitTimeoutError: where Ray did not become ready in time, with the last answer.
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
+        while True:
+            if not self.is_active or self._transport is None:
+                raise ClusterStateError(f"The tunnels to {self._where} are not open: call start_tunnels()")
+            answer = ask_http(self._transport, _AGENT_PORT, "/api/local_raylet_healthz")
+            if answer.startswith("HTTP/1.1 200"):
+                return
+            if time.monotonic() >= deadline:
+                raise WaitTimeoutError(
+                    f"Ray on {self._host} was not ready after {timeout.total_seconds():g} s: {answer}. Its log "
+                    "is in /tmp/ray/session_latest/logs on the head, and the head's task has its output"
+                )
+            time.sleep(0.1)
 
     def __enter__(self) -> RayTunnels:
         self.start_tunnels()
@@ -313,4 +334,4 @@ class _Server(sshtunnel._ThreadingForwardServer):  # type: ignore[misc]
         for thread, _ in clients:
             thread.join(max(0.0, deadline - time.monotonic()))
         left = sum(thread.is_alive() for thread, _ in clients)
-        return [f"{left} connections to local port {self._spec.local_port} are still open"] if left else []
+        return [f"{left} connection(s) to local port {self._spec.local_port} still open"] if left else []

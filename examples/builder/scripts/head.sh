@@ -9,7 +9,11 @@
 
 set -u
 
-. "${YD_AGENT_HOME:-/opt/yellowdog/agent}/venv/bin/activate"
+venv="${YD_AGENT_HOME:-/opt/yellowdog/agent}/venv"
+if ! . "$venv/bin/activate"; then
+    echo "There is no virtual environment in $venv: Ray has to be installed there" >&2
+    exit 1
+fi
 
 # Usage statistics are off unless somebody asks for them.
 export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
@@ -18,7 +22,15 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIME
 
 # Bash runs a trap only when its foreground child has ended: Ray runs in the background, and Bash waits.
 trap 'exit 143' TERM INT
-trap 'ray stop --grace-period 5 >/dev/null 2>&1; echo "Ray stopped"' EXIT
+stop_ray() {
+    [ -z "$ray" ] || kill "$ray" 2>/dev/null
+    ray stop --grace-period 5 >/dev/null 2>&1
+    # `ray start --block` goes on where all that it watched has ended in order.
+    [ -z "$ray" ] || kill -KILL "$ray" 2>/dev/null
+    echo "Ray stopped"
+}
+ray=""
+trap stop_ray EXIT
 
 options=()
 if [ -n "${RAYDOG_NODE_IP:-}" ]; then
@@ -44,4 +56,5 @@ ray start --head --block \
     --dashboard-port=8265 \
     --metrics-export-port=8080 \
     ${options[@]+"${options[@]}"} &
-wait $!
+ray=$!
+wait "$ray"

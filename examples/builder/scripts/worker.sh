@@ -10,7 +10,11 @@
 
 set -u
 
-. "${YD_AGENT_HOME:-/opt/yellowdog/agent}/venv/bin/activate"
+venv="${YD_AGENT_HOME:-/opt/yellowdog/agent}/venv"
+if ! . "$venv/bin/activate"; then
+    echo "There is no virtual environment in $venv: Ray has to be installed there" >&2
+    exit 1
+fi
 
 export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
 # On SIGTERM Ray first drains the node, by default for 30 s. The agent may not wait that long.
@@ -40,9 +44,18 @@ done
 
 # From here on there is a Ray to stop. Bash runs a trap only when its foreground child has ended: Ray
 # runs in the background, and Bash waits.
-trap 'ray stop --grace-period 5 >/dev/null 2>&1; echo "Ray stopped"' EXIT
+stop_ray() {
+    [ -z "$ray" ] || kill "$ray" 2>/dev/null
+    ray stop --grace-period 5 >/dev/null 2>&1
+    # `ray start --block` goes on where all that it watched has ended in order.
+    [ -z "$ray" ] || kill -KILL "$ray" 2>/dev/null
+    echo "Ray stopped"
+}
+ray=""
+trap stop_ray EXIT
 
 ray start --block \
     --address="$head_ip:$head_port" \
     --metrics-export-port=8080 &
-wait $!
+ray=$!
+wait "$ray"

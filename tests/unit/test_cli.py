@@ -1,0 +1,80 @@
+"""The `raydog` command's arguments, environment and exit statuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.controlplane import Served, serve
+from yellowdog_ray import RayDogCluster, __version__
+from yellowdog_ray.cli import main
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """`raydog --version` prints the version."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """`raydog` without a command exits with 2 and names the commands."""
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_shut_down_needs_a_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Without an application key, `raydog shut-down` exits with 2 and names the variables."""
+    monkeypatch.delenv("YD_API_KEY_ID", raising=False)
+    monkeypatch.setenv("YD_API_KEY_SECRET", "secret")
+    assert main(["shut-down", str(tmp_path / "state.json")]) == 2
+    assert "YD_API_KEY_ID" in capsys.readouterr().err
+
+
+def test_one_bad_state_does_not_keep_the_others_running(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of several states, those that can be shut down are, and the exit status tells of the others."""
+    with serve() as platform:
+        cluster = _built(platform)
+        good, bad, missing = (tmp_path / name for name in ("good.json", "bad.json", "missing.json"))
+        cluster.save_state_to_json_file(str(good))
+        bad.write_text("[]")
+        monkeypatch.setenv("YD_API_KEY_ID", platform.key_id)
+        monkeypatch.setenv("YD_API_KEY_SECRET", platform.secret)
+        monkeypatch.delenv("YD_API_URL", raising=False)
+
+        assert main(["shut-down", str(missing), str(bad), str(good)]) == 1
+
+        printed = capsys.readouterr()
+        assert f"{good}: shut down" in printed.out
+        assert str(bad) in printed.err
+        assert str(missing) in printed.err
+        assert platform.secret not in printed.out + printed.err
+        assert platform.secret not in good.read_text()
+        pools = platform.call(lambda: [pool.status for pool in platform.core.scheduler.pools.values()])
+        assert set(pools) == {"TERMINATED"}
+        assert json.loads(good.read_text())["api_url"] == platform.url
+        cluster.shut_down()
+
+
+def _built(platform: Served) -> RayDogCluster:
+    template = next(iter(platform.core.scheduler.templates.values()))
+    cluster = RayDogCluster(
+        platform.key_id,
+        platform.secret,
+        "cli-test",
+        "test",
+        f"{template.namespace}/{template.name}",
+        None,
+        platform.url,
+    )
+    cluster.build()
+    return cluster

@@ -1,0 +1,258 @@
+"""The default scripts, run by a real Bash with a stand-in for ``ray``."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from yellowdog_ray.errors import SpecError
+from yellowdog_ray.raydog.scripts import get_script, script_names
+
+MIRROR = Path(__file__).parents[2] / "examples" / "builder" / "scripts"
+
+RAY = """#!/bin/bash
+echo "ray $*" >>"$CALLS"
+case "$1" in
+    start) trap 'echo "ray start got TERM" >>"$CALLS"; exit 1' TERM
+           [ -z "${RAY_EXITS:-}" ] || exit "$RAY_EXITS"
+           while true; do read -rt 0.05 <> <(:) || :; done ;;
+esac
+"""
+
+
+@contextmanager
+def listening(address: str) -> Iterator[str]:
+    """Listen on Ray's port of a loopback address; a Ray of the user's own may have it on all of them."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address, 6379))
+        except OSError as error:
+            pytest.skip(f"port 6379 of {address} is taken: {error}")
+        listener.listen()
+        yield address
+
+
+class Agent:
+    """A node's agent: runs a script as the platform's does."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.calls = home / "calls"
+        self.calls.write_text("")
+        venv = home / "venv" / "bin"
+        venv.mkdir(parents=True)
+        (venv / "activate").write_text(f'export PATH="{venv}:$PATH"\n')
+        self.install("ray", RAY)
+
+    def install(self, name: str, text: str) -> None:
+        path = self.home / "venv" / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def start(self, script: str, **environment: str) -> subprocess.Popen[str]:
+        (self.home / "taskdata.txt").write_text(get_script(script))
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY")}
+        return subprocess.Popen(
+            ["/bin/bash", "taskdata.txt"],
+            cwd=self.home,
+            env={**clean, "YD_AGENT_HOME": str(self.home), "CALLS": str(self.calls), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for_call(self, text: str) -> None:
+        deadline = time.monotonic() + 10
+        while text not in self.calls.read_text():
+            assert time.monotonic() < deadline, f"no call of {text!r}: {self.calls.read_text()!r}"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def agent(tmp_path):
+    return Agent(tmp_path)
+
+
+@pytest.fixture
+def head():
+    """Something that listens where a Ray head would; port 6379 of an address of its own."""
+    with listening(f"127.{os.getpid() % 200 + 20}.77.1") as address:
+        yield address
+
+
+@pytest.mark.parametrize("name", script_names())
+def test_syntax(name):
+    """Bash can read every script."""
+    subprocess.run(["bash", "-n"], input=get_script(name), text=True, check=True)
+
+
+@pytest.mark.parametrize("name", script_names())
+def test_mirror(name):
+    """The examples hold the same scripts."""
+    assert (MIRROR / f"{name}.sh").read_text(encoding="utf-8") == get_script(name)
+
+
+def test_nothing_else_in_the_mirror():
+    """The examples hold no script that the package does not have."""
+    assert {path.name for path in MIRROR.iterdir()} == {f"{name}.sh" for name in script_names()}
+
+
+@pytest.mark.parametrize("name", script_names())
+def test_no_secrets(name):
+    """No script holds a key, a password or somebody's name."""
+    text = get_script(name)
+    assert not re.search(r"ssh-(rsa|ed25519)|BEGIN .*KEY|AKIA|admin_password|/home/\w", text)
+    assert not re.search(r"(?i)\b(password|passwd|secret|token)\s*[=:]\s*[\"']?\w", text)
+
+
+def test_unknown_script():
+    """A script that is not there is answered with those that are."""
+    with pytest.raises(SpecError, match="head, worker, observability, node-setup"):
+        get_script("heads")
+
+
+@pytest.mark.parametrize("script", ["head", "worker"])
+def test_abort_stops_ray(agent, head, script):
+    """SIGTERM to the script alone stops Ray, leaves no child behind, and ends it with 143, at once."""
+    process = agent.start(script, RAY_HEAD_IP=head)
+    agent.wait_for_call("ray start")
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert time.monotonic() - began < 5
+    assert "Ray stopped" in output
+    calls = agent.calls.read_text()
+    assert "ray stop" in calls
+    assert "ray start got TERM" in calls
+
+
+@pytest.mark.parametrize("script", ["head", "worker"])
+@pytest.mark.parametrize("code", ["0", "7"])
+def test_exit_code_is_rays(agent, head, script, code):
+    """When Ray ends, the task ends with its exit code."""
+    process = agent.start(script, RAY_HEAD_IP=head, RAY_EXITS=code)
+    process.communicate(timeout=10)
+    assert process.returncode == int(code)
+    assert "ray stop" in agent.calls.read_text()
+
+
+@pytest.mark.parametrize("script", ["head", "worker"])
+def test_no_virtual_environment(tmp_path, script, agent):
+    """Where Ray was never installed, the script says where it looked, and fails."""
+    process = agent.start(script, YD_AGENT_HOME=str(tmp_path / "nowhere"), RAY_HEAD_IP="127.0.0.1")
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert f"no virtual environment in {tmp_path}/nowhere/venv" in output
+
+
+def test_head_options(agent):
+    """The head listens at the address the workers are told; its dashboard at its localhost only."""
+    process = agent.start("head", RAYDOG_NODE_IP="10.1.2.3", RAY_EXITS="0")
+    process.communicate(timeout=10)
+    call = agent.calls.read_text().splitlines()[0]
+    for option in (
+        "--head",
+        "--block",
+        "--port=6379",
+        "--ray-client-server-port=10001",
+        "--dashboard-port=8265",
+    ):
+        assert option in call.split()
+    assert "--node-ip-address=10.1.2.3" in call.split()
+    assert "--dashboard-host=127.0.0.1" in call.split()
+
+
+def test_head_with_observability(agent):
+    """Prometheus on the observability node reaches the dashboard, and only then does it listen widely."""
+    agent.install("ray", RAY + 'env | grep -E "^RAY_(PROM|GRAF|USAGE)" >>"$CALLS"\n')
+    process = agent.start("head", OBSERVABILITY_HOST="10.1.2.4")
+    agent.wait_for_call("ray start")
+    process.terminate()
+    process.communicate(timeout=10)
+    calls = agent.calls.read_text()
+    assert "--dashboard-host=0.0.0.0" in calls
+    assert "--node-ip-address" not in calls
+    assert "RAY_PROMETHEUS_HOST=http://10.1.2.4:9090" in calls
+    assert "RAY_USAGE_STATS_ENABLED=0" in calls
+
+
+@pytest.mark.parametrize("variable", ["RAY_HEAD_IP", "RAY_HEAD_NODE_PRIVATE_IP"])
+def test_worker_joins_when_the_head_listens(agent, variable):
+    """A worker that is there first waits, and joins within a moment of the head's listening."""
+    address = f"127.{os.getpid() % 200 + 20}.77.2"
+    process = agent.start("worker", **{variable: address})
+    time.sleep(0.5)
+    assert "ray start" not in agent.calls.read_text()
+    with listening(address):
+        began = time.monotonic()
+        agent.wait_for_call("ray start")
+        assert time.monotonic() - began < 2
+    assert f"--address={address}:6379" in agent.calls.read_text()
+    process.terminate()
+    process.communicate(timeout=10)
+
+
+def test_worker_gives_up(agent):
+    """A worker whose head never listens ends at its deadline and names host and port."""
+    process = agent.start("worker", RAY_HEAD_IP="127.0.0.99", RAYDOG_HEAD_WAIT_SECONDS="1")
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert time.monotonic() - began < 5
+    assert "127.0.0.99 port 6379 did not listen within 1 s" in output
+    assert agent.calls.read_text() == ""
+
+
+def test_worker_is_aborted_while_it_waits(agent):
+    """Waiting for the head does not keep a worker from being aborted."""
+    process = agent.start("worker", RAY_HEAD_IP="127.0.0.99")
+    time.sleep(0.3)
+    process.terminate()
+    process.communicate(timeout=5)
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize("script", ["worker", "observability"])
+def test_no_head_address(agent, script):
+    """Without the head's address there is nothing to do, and the script says so."""
+    process = agent.start(script)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "RAY_HEAD_IP is not set" in output
+
+
+def test_observability_without_prometheus(agent):
+    """A node without Prometheus is told by name, and the task fails."""
+    process = agent.start("observability", RAY_HEAD_IP="10.1.2.3", PATH="/nowhere")
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "prometheus is not installed on this node" in output
+
+
+def test_observability(agent):
+    """Prometheus asks Ray for its targets with the token, which stands in a file for its owner alone."""
+    agent.install("prometheus", '#!/bin/bash\necho "prometheus $*" >>"$CALLS"\nexec sleep 60\n')
+    path = f"{agent.home}/venv/bin:{os.environ['PATH']}"
+    process = agent.start("observability", RAY_HEAD_IP="10.1.2.3", RAY_AUTH_TOKEN="t0k", PATH=path)
+    agent.wait_for_call("prometheus --config.file")
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+    config = (agent.home / "prometheus.yml").read_text()
+    assert "http://10.1.2.3:8265/api/prometheus/sd" in config
+    assert f"credentials_file: '{agent.home}/ray-token'" in config
+    assert "t0k" not in config
+    token = agent.home / "ray-token"
+    assert token.read_text() == "t0k"
+    assert token.stat().st_mode & 0o077 == 0
