@@ -237,6 +237,7 @@ def test_an_abort_is_sigterm(lab: Lab) -> None:
     task = lab.reached(task_id, TaskStatus.EXECUTING)
     node = next(node for node in lab.nodes if node.id == task.nodeId)
     directory = "$YD_AGENT_HOME" if lab.platform.isolation is Isolation.PROCESSES else "~"
+
     def written() -> str:
         return lab.ssh(node, f"cat {directory}/pid").stdout.strip()
 

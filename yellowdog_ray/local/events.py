@@ -149,15 +149,7 @@ class TaskNotStarted:
     reason: str
 
 
-Event = (
-    NodeRegistered
-    | NodeFailed
-    | NodeStopped
-    | NodeLost
-    | TaskStarted
-    | TaskExited
-    | TaskNotStarted
-)
+Event = NodeRegistered | NodeFailed | NodeStopped | NodeLost | TaskStarted | TaskExited | TaskNotStarted
 
 
 class NodeBackend(Protocol):

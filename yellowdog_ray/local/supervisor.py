@@ -85,14 +85,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     owner_fd = os.pidfd_open(owner)
-    status = _watch(control, settings, owner_fd)
+    status = _watch(control, settings, owner_fd, lock_fd)
     if select.select([owner_fd], [], [], 0)[0]:
         # Nobody else is left to remove it.
         shutil.rmtree(settings.directory, ignore_errors=True)
     sys.exit(status)
 
 
-def _watch(control: socket.socket, settings: Settings, owner_fd: int) -> int:
+def _watch(control: socket.socket, settings: Settings, owner_fd: int, lock_fd: int) -> int:
     linux.become_subreaper()
     try:
         if settings.isolation == "user-namespaces":
@@ -110,6 +110,8 @@ def _watch(control: socket.socket, settings: Settings, owner_fd: int) -> int:
             os.close(lan_ready)
             os.close(join_done)
             os.close(owner_fd)
+            # The lock says that the directory is in use: it ends with the watcher, not with the last node.
+            os.close(lock_fd)
             linux.die_with_parent()
             _keep(control, settings, lan_made, joined)
         except BaseException as error:

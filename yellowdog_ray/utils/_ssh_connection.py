@@ -172,7 +172,7 @@ def disconnect(transport: paramiko.Transport, deadline: float) -> None:
         transport.join(max(0.0, deadline - time.monotonic()))
 
 
-def log_in(  # noqa: PLR0917 - two of them are for messages only
+def log_in(
     transport: paramiko.Transport,
     host: str,
     user: str,

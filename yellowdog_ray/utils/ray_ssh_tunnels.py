@@ -117,7 +117,7 @@ class RayTunnels:
     :raises SpecError: for input that cannot work.
     """
 
-    def __init__(  # noqa: PLR0917 - as it has always been
+    def __init__(
         self,
         ray_head_ip_address: str,
         ssh_user: str,

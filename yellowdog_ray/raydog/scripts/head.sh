@@ -17,6 +17,9 @@ fi
 
 # Usage statistics are off unless somebody asks for them.
 export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
+# Ray Client's server forks while gRPC's threads run, and with gRPC's fork handlers now and then dies of it
+# ("Starting Ray client server failed", ray-project/ray issue 63202). It needs none of them.
+export GRPC_ENABLE_FORK_SUPPORT="${GRPC_ENABLE_FORK_SUPPORT:-0}"
 # On SIGTERM Ray first drains the node, by default for 30 s. The agent may not wait that long.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-1}"
 
