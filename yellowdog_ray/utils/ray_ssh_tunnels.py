@@ -232,8 +232,8 @@ class RayTunnels:
                 return
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError(
-                    f"Ray on {self._host} was not ready after {timeout.total_seconds():g} s: {answer}. Its log "
-                    "is in /tmp/ray/session_latest/logs on the head, and the head's task has its output"
+                    f"Ray on {self._host} was not ready after {timeout.total_seconds():g} s: {answer}. Its "
+                    "log is in /tmp/ray/session_latest/logs on the head, and the head's task has its output"
                 )
             time.sleep(0.1)
 
