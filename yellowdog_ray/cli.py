@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         return int(options.run(options))
-    except RayDogError as error:
+    except (RayDogError, OSError, subprocess.CalledProcessError) as error:
         print(f"raydog: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -40,8 +39,8 @@ def run(isolation: str | None = None) -> int:
             f"{free_memory() >> 20} MiB are free"
         )
     _require_ray()
-    with tempfile.TemporaryDirectory(prefix="raydog-demo-") as directory, _platform(isolation) as platform:
-        state_file = Path(directory, "demo-cluster.json")
+    with _platform(isolation) as platform:
+        state_file = Path(platform.directory, "demo-cluster.json")
         cluster = RayDogCluster(
             yd_application_key_id=platform.key_id,
             yd_application_key_secret=platform.secret,

@@ -31,8 +31,10 @@ from yellowdog_client.model import (
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
 from yellowdog_ray.local import nodes as nodes_module
+from yellowdog_ray.local.linux import processes_with
 from yellowdog_ray.local.nodes import Isolation
 from yellowdog_ray.local.platform import NodeTemplate
+from yellowdog_ray.local.supervisor import NODE_FILES
 
 from .conftest import kinds
 
@@ -42,7 +44,7 @@ NODES = 2
 class Lab:
     """Two nodes of a platform and a way to run tasks on them, through the SDK alone."""
 
-    def __init__(self, platform: LocalPlatform, client: PlatformClient) -> None:
+    def __init__(self, platform: LocalPlatform, client: PlatformClient, workers: int = 1) -> None:
         self.platform, self.client = platform, client
         self.count = 0
         pool = client.worker_pool_client.provision_worker_pool(
@@ -52,7 +54,9 @@ class Lab:
                 requirementNamespace="local",
                 targetInstanceCount=NODES,
             ),
-            ProvisionedWorkerPoolProperties(createNodeWorkers=NodeWorkerTarget.per_node(1), workerTag="lab"),
+            ProvisionedWorkerPoolProperties(
+                createNodeWorkers=NodeWorkerTarget.per_node(workers), workerTag="lab"
+            ),
         )
         self.compute_id = pool.computeRequirementId
         self.nodes = until(lambda: self._nodes(pool.id))
@@ -90,14 +94,14 @@ class Lab:
     def task(self, task_id: str) -> Task:
         return self.client.work_client.get_task_by_id(task_id)
 
-    def reached(self, task_id: str, *statuses: TaskStatus) -> Task:
+    def reached(self, task_id: str, *statuses: TaskStatus, timeout: float = 15) -> Task:
         """Wait until a task is in one of the states."""
 
         def look() -> Task | None:
             task = self.task(task_id)
             return task if task.status in statuses else None
 
-        return until(look)
+        return until(look, timeout)
 
     def failure_output(self, script: str, **environment: str) -> str:
         """Run a script, have it fail, and return what it printed, as the platform tells it."""
@@ -299,7 +303,7 @@ def owner(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str
 
 
 def _sleepers(directory: Path) -> list[int]:
-    return nodes_module.processes_of(directory)
+    return processes_with(NODE_FILES, str(directory))
 
 
 def test_the_platform_ends_with_its_owner(owner: tuple[subprocess.Popen[str], Path, str, int]) -> None:

@@ -14,17 +14,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import selectors
-import shutil
 import signal
 import socket
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from yellowdog_ray.local import linux
-from yellowdog_ray.local.protocol import Channel, Closed
+from yellowdog_ray.local.protocol import Channel, Closed, Loop
 
 ABORT_GRACE = 60.0
 """Seconds between an abort's SIGTERM and its SIGKILL."""
@@ -69,30 +68,24 @@ class Agent:
         self._ssh_command, self._ssh_takes_listeners = ssh_command, ssh_takes_listeners
         self._listeners = listeners
         self._tasks: dict[int, _Task] = {}
-        self._selector = selectors.DefaultSelector()
+        self._loop = Loop()
 
     def run(self) -> None:
         """Serve until the supervisor says stop or is gone; then leave no process behind."""
-        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._selector.register(wake_read, selectors.EVENT_READ, lambda: self._reap(wake_read))
-        self._selector.register(self._channel, selectors.EVENT_READ, self._obey)
+        self._loop.watch_children(self._child_ended)
+        self._loop.watch_line(self._channel, self._obey)
         if self._ssh_takes_listeners:
             self._start_ssh_server()
         else:
             for listener in self._listeners:
                 listener.setblocking(False)
-                self._selector.register(
-                    listener, selectors.EVENT_READ, lambda listener=listener: self._accept(listener)
-                )
+                self._loop.watch(listener, partial(self._accept, listener))
         with contextlib.suppress(Closed):
             self._channel.send({"event": "registered"})
             while True:
-                for key, _ in self._selector.select(self._time_to_next_kill()):
-                    key.data()
+                self._loop.run_once(self._time_to_next_kill())
                 self._kill_overdue()
         self._end_all()
 
@@ -113,7 +106,7 @@ class Agent:
             command = _TASK_COMMANDS[message["task_type"]]
             directory = self._data / "workers" / message["task_id"].replace(":", "_")
             # A retry of the same task finds a directory that an earlier attempt could not remove.
-            shutil.rmtree(directory, ignore_errors=True)
+            linux.remove_tree(directory)
             directory.mkdir(parents=True)
             if message["task_data"] is not None:
                 (directory / "taskdata.txt").write_text(message["task_data"])
@@ -156,20 +149,10 @@ class Agent:
                 _kill_session(task.pid)
                 task.kill_at = None
 
-    def _reap(self, wake_fd: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while os.read(wake_fd, 512):
-                pass
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            task = self._tasks.pop(pid, None)
-            if task is not None:
-                self._finish(task, status)
+    def _child_ended(self, pid: int, status: int) -> None:
+        task = self._tasks.pop(pid, None)
+        if task is not None:
+            self._finish(task, status)
 
     def _finish(self, task: _Task, status: int) -> None:
         # A shell that died of its signal leaves its foreground child behind; on this machine nobody
@@ -177,7 +160,7 @@ class Agent:
         _kill_session(task.pid)
         code = os.waitstatus_to_exitcode(status)
         tail = _tail(task.directory / "taskoutput.txt")
-        shutil.rmtree(task.directory, ignore_errors=True)
+        linux.remove_tree(task.directory)
         self._channel.send(
             {
                 "event": "task_exited",

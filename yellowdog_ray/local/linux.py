@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -157,3 +158,39 @@ def descendants(pid: int) -> list[int]:
         found += below
         queue += below
     return found
+
+
+def processes_with(variable: str, value: str) -> list[int]:
+    """List this user's processes that were started with an environment variable of this value, or below it.
+
+    :param value: a path; a variable that holds a path below it counts too.
+    """
+    whole, below = f"{variable}={value}".encode(), f"{variable}={value}/".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{entry}").st_uid != os.geteuid():
+                    continue
+                settings = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+                if any(setting == whole or setting.startswith(below) for setting in settings):
+                    found.append(int(entry))
+    return found
+
+
+def remove_tree(directory: str | os.PathLike[str]) -> None:
+    """Remove a directory with all in it, also what was made read-only; what cannot be removed stays."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if os.path.isdir(directory) and not os.path.islink(directory):
+        # A directory is listed only after its parent has named it: by then it can be.
+        for path, names, _ in os.walk(directory):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    _let_owner_in(os.path.join(path, name))
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _let_owner_in(directory: str) -> None:
+    # chmod(2) follows links, and a link may lead anywhere.
+    if not os.path.islink(directory):
+        os.chmod(directory, 0o700)

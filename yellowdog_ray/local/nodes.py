@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import getpass
 import json
 import os
 import pwd
+import random
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from yellowdog_ray.errors import LocalPlatformError
+from yellowdog_ray.local import linux
 from yellowdog_ray.local.events import (
     AbortTask,
     Effect,
@@ -40,11 +42,16 @@ from yellowdog_ray.local.events import (
     TaskNotStarted,
     TaskStarted,
 )
-from yellowdog_ray.local.process_node import mirror_environment, write_plain_environment
+from yellowdog_ray.local.process_node import (
+    import_path,
+    mirror_environment,
+    program_directories,
+    write_plain_environment,
+)
 from yellowdog_ray.local.protocol import Channel, Closed
-from yellowdog_ray.local.supervisor import AGENT_HOME, Settings
+from yellowdog_ray.local.supervisor import AGENT_HOME, NODE_FILES, Settings
 
-__all__ = ["NODE_MEMORY", "Isolation", "LocalNodes", "SSHIdentity", "free_memory", "processes_of"]
+__all__ = ["NODE_MEMORY", "Isolation", "LocalNodes", "SSHIdentity", "free_memory"]
 
 NODE_MEMORY = 450 << 20
 """Bytes of memory that a Ray node needs at the least (measured: about 400 MB with Ray 2.60)."""
@@ -114,8 +121,7 @@ class LocalNodes:
     ) -> None:
         self._directory, self._lock = directory, lock
         self.ssh = SSHIdentity(directory)
-        self.user = _user_name()
-        self._system_sshd = _find_sshd() if system_sshd else None
+        self.user, self._group = _user()
         self._on_event: Callable[[Event], None] = lambda event: None
         self._ids: dict[str, str] = {}
         self._last_number = _FIRST_NUMBER
@@ -123,18 +129,25 @@ class LocalNodes:
         self._started: dict[str, float] = {}
         self._stopping: set[str] = set()
         self._listeners: dict[str, socket.socket] = {}
-        refusals: list[str] = []
+        self._supervisor: subprocess.Popen[bytes] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.refusals: list[str] = []
+        servers = [_find_sshd(), None] if system_sshd and _find_sshd() else [None]
         for kind in [isolation] if isolation else _candidates():
-            try:
-                self._start_supervisor(kind)
-            except LocalPlatformError as error:
-                refusals.append(f"{kind.value}: {error}")
-            else:
-                self.isolation = kind
-                break
-        else:
-            raise LocalPlatformError("no node can be made on this machine: " + "; ".join(refusals))
-        self.refusals = refusals
+            # The system's server would take a plain process to the user's home, and its terminals need a
+            # group that only root may give them.
+            for sshd in servers if kind is not Isolation.PROCESSES else [None]:
+                try:
+                    self._start_supervisor(kind, sshd)
+                except _SSHServerError as error:
+                    self.refusals.append(f"{sshd or 'embedded SSH server'}: {error}")
+                except LocalPlatformError as error:
+                    self.refusals.append(f"{kind.value}: {error}")
+                    break
+                else:
+                    self.isolation = kind
+                    return
+        raise LocalPlatformError("no node can be made on this machine: " + "; ".join(self.refusals))
 
     @property
     def ssh_port(self) -> int:
@@ -148,45 +161,66 @@ class LocalNodes:
 
     # Start and end
 
-    def _start_supervisor(self, isolation: Isolation) -> None:
-        self._kind = isolation
-        # The system's server would take a plain process's user home, and its terminals need a group that
-        # only root may give them.
-        self._sshd = None if isolation is Isolation.PROCESSES else self._system_sshd
-        self._prefix, self._interface = _free_network(isolation)
-        self._ssh_port = 22 if isolation is Isolation.NAMESPACES else _free_ssh_port(self._prefix)
-        settings = Settings(
-            isolation=isolation.value,
-            directory=str(self._directory),
-            prefix=self._prefix,
-            interface=self._interface,
-            keep=_environment_below_tmp(),
-            sshd=self._sshd,
-            user=self.user,
-            ssh_port=self._ssh_port,
-        )
+    def _start_supervisor(self, isolation: Isolation, sshd: str | None) -> None:
+        self._kind, self._sshd = isolation, sshd
+        self._claim, self._prefix, self._interface = _free_network(isolation)
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._supervisor = subprocess.Popen(
-                [
-                    sys.executable, "-m", "yellowdog_ray.local.supervisor",
-                    str(theirs.fileno()), str(self._lock), json.dumps(asdict(settings)), str(os.getpid()),
-                ],
-                pass_fds=[theirs.fileno(), self._lock],
-                stdin=subprocess.DEVNULL,
-                cwd="/",
-                # Nothing of the user's environment, which may hold keys, goes further than this process.
-                env={"PATH": _PATH, "LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(_import_path())},
-            )  # fmt: skip
         self._channel = Channel(ours)
         try:
+            self._ssh_port = 22 if isolation is Isolation.NAMESPACES else _free_ssh_port(self._prefix)
+            settings = Settings(
+                isolation=isolation.value,
+                directory=str(self._directory),
+                prefix=self._prefix,
+                interface=self._interface,
+                keep=_environment_below_tmp(),
+                sshd=self._sshd,
+                user=self.user,
+                ssh_port=self._ssh_port,
+            )
+            with theirs:
+                self._supervisor = subprocess.Popen(
+                    [
+                        sys.executable, "-m", "yellowdog_ray.local.supervisor",
+                        str(theirs.fileno()), str(self._lock), json.dumps(asdict(settings)), str(os.getpid()),
+                    ],
+                    pass_fds=[theirs.fileno(), self._lock],
+                    stdin=subprocess.DEVNULL,
+                    cwd="/",
+                    # Ctrl-C in a terminal is for the owner, which then ends the nodes.
+                    start_new_session=True,
+                    # Nothing of the user's environment, which may hold keys, goes further than this process.
+                    env={"PATH": _PATH, "LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(import_path())},
+                )  # fmt: skip
             self._expect("ready")
             self._probe()
-        except LocalPlatformError:
-            self._channel.close()
-            self._supervisor.wait()
-            shutil.rmtree(self._directory / _node_id(_FIRST_NUMBER), ignore_errors=True)
+        except BaseException as error:
+            self._end_supervisor()
+            linux.remove_tree(self._directory / _node_id(_FIRST_NUMBER))
+            if isinstance(error, OSError):
+                raise LocalPlatformError(str(error)) from error
             raise
+
+    def _end_supervisor(self) -> None:
+        """End the supervisor and with it every node, and wait until nothing of them is left."""
+        self._channel.hang_up()
+        for node_id in list(self._listeners):
+            self._close_listener(node_id)
+        if self._supervisor is not None:
+            try:
+                self._supervisor.wait(timeout=_START_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self._supervisor.kill()
+                self._supervisor.wait()
+        # With plain processes and a supervisor that was killed, nobody else has ended them.
+        for pid in linux.processes_with(NODE_FILES, str(self._directory)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        # The kernel takes a network namespace apart a moment after its last process.
+        deadline = time.monotonic() + 5
+        while self._interface and _has_interface(self._interface) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._claim.close()
 
     def _expect(self, event: str) -> dict[str, Any]:
         deadline = time.monotonic() + _START_TIMEOUT
@@ -209,34 +243,28 @@ class LocalNodes:
         """Make a node and end it, to know that this kind works here before anybody relies on it."""
         self._send_start(StartNode("probe", "probe", "", "", "", 1, 1), _FIRST_NUMBER)
         self._expect("registered")
+        _require_ssh(self._host_address(_FIRST_NUMBER), self._ssh_port)
         self._channel.send({"op": "stop", "id": _node_id(_FIRST_NUMBER)})
         self._expect("gone")
         self._close_listener(_node_id(_FIRST_NUMBER))
 
     def serve(self, loop: asyncio.AbstractEventLoop, on_event: Callable[[Event], None]) -> None:
         """Deliver the machines' events on an event loop from now on."""
-        self._on_event = on_event
-        loop.add_reader(self._channel.fileno(), self._receive, loop)
+        self._on_event, self._loop = on_event, loop
+        self._channel.on_blocked = lambda: loop.add_writer(self._channel.fileno(), self._flush)
+        loop.add_reader(self._channel.fileno(), self._receive)
+
+    def _flush(self) -> None:
+        with contextlib.suppress(Closed):
+            if not self._channel.flush():
+                return
+        if self._loop:
+            self._loop.remove_writer(self._channel.fileno())
 
     def close(self) -> None:
-        """End every node, and wait until nothing of them is left."""
-        self._channel.close()
-        for instance_id in list(self._listeners):
-            self._close_listener(instance_id)
-        try:
-            self._supervisor.wait(timeout=_START_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._supervisor.kill()
-            self._supervisor.wait()
-        # The kernel takes a network namespace apart a moment after its last process.
-        deadline = time.monotonic() + 5
-        while (
-            self._interface
-            and Path("/sys/class/net", self._interface).exists()
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.02)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """End every node, wait until nothing of them is left, and remove the platform's directory."""
+        self._end_supervisor()
+        linux.remove_tree(self._directory)
 
     def instances(self) -> list[str]:
         """List the instances whose nodes exist."""
@@ -244,10 +272,10 @@ class LocalNodes:
 
     def leftovers(self) -> list[str]:
         """List what of the nodes and their supervisor is left: processes, an interface, the directory."""
-        found = [f"process {pid}" for pid in processes_of(self._directory)]
-        if self._supervisor.poll() is None:
+        found = [f"process {pid}" for pid in linux.processes_with(NODE_FILES, str(self._directory))]
+        if self._supervisor is not None and self._supervisor.poll() is None:
             found.append(f"supervisor {self._supervisor.pid}")
-        if self._interface and Path("/sys/class/net", self._interface).exists():
+        if self._interface and _has_interface(self._interface):
             found.append(f"network interface {self._interface}")
         if self._directory.exists():
             found.append(f"directory {self._directory}")
@@ -267,7 +295,7 @@ class LocalNodes:
             elif isinstance(effect, AbortTask):
                 self._tell_node(effect.instance_id, {"op": "abort", "run_id": effect.run_id})
         except Closed:
-            self._supervisor_gone()
+            self._supervisor_gone("the node supervisor ended")
 
     def _start_node(self, request: StartNode) -> None:
         try:
@@ -313,8 +341,8 @@ class LocalNodes:
                     "YD_REGION": request.region,
                     "YD_INSTANCE_TYPE": request.instance_type,
                     "YD_INSTANCE_ID": request.instance_id,
-                    # Known by this, whatever becomes of their parents: see processes_of().
-                    "RAYDOG_NODE_FILES": f"{self._directory}/{node_id}",
+                    # Known by this, whatever becomes of their parents.
+                    NODE_FILES: f"{self._directory}/{node_id}",
                     **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
                 },
             },
@@ -368,18 +396,20 @@ class LocalNodes:
 
     # Events
 
-    def _receive(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _receive(self) -> None:
         try:
             messages = self._channel.receive()
         except Closed:
-            loop.remove_reader(self._channel.fileno())
-            self._supervisor_gone()
+            self._supervisor_gone("the node supervisor ended")
             return
         for message in messages:
             self._tell(message)
 
     def _tell(self, message: dict[str, Any]) -> None:
-        event, node_id = message["event"], message["id"]
+        event, node_id = message["event"], message.get("id")
+        if node_id is None:
+            self._supervisor_gone(f"the node supervisor failed: {message.get('reason', event)}")
+            return
         request = self._requests.get(node_id)
         if event == "task_started":
             self._on_event(TaskStarted(message["run_id"]))
@@ -420,10 +450,13 @@ class LocalNodes:
         self._stopping.discard(node_id)
         self._close_listener(node_id)
 
-    def _supervisor_gone(self) -> None:
+    def _supervisor_gone(self, reason: str) -> None:
+        if self._loop and self._channel.fileno() >= 0:
+            self._loop.remove_reader(self._channel.fileno())
+            self._loop.remove_writer(self._channel.fileno())
         for node_id, request in list(self._requests.items()):
             self._forget(node_id)
-            self._on_event(NodeLost(request.instance_id, "the node supervisor ended"))
+            self._on_event(NodeLost(request.instance_id, reason))
 
     # What a node is made of
 
@@ -453,22 +486,19 @@ class LocalNodes:
         # No name server can be reached from a node; asking one would only cost time.
         (etc / "resolv.conf").write_text("# The nodes of a local platform have no name server.\n")
         # The user's home in a node is the agent's. Scripts in the field log in as yd-agent: the same user.
-        lines = []
-        me = pwd.getpwuid(os.geteuid())
+        uid = os.geteuid()
+        users = [(name, uid, self._group, AGENT_HOME, "/bin/bash") for name in (self.user, "yd-agent")]
         for entry in pwd.getpwall():
-            if entry.pw_uid != me.pw_uid and entry.pw_name != "yd-agent":
-                lines.append(
-                    _passwd_line(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, entry.pw_shell)
-                )
-        mine = [
-            _passwd_line(name, me.pw_uid, me.pw_gid, AGENT_HOME, "/bin/bash")
-            for name in (self.user, "yd-agent")
-        ]
-        (etc / "passwd").write_text("".join([*mine, *lines]))
+            if entry.pw_uid != uid and entry.pw_name != "yd-agent":
+                users.append((entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, entry.pw_shell))
+        lines = [f"{name}:x:{number}:{group}::{home}:{shell}\n" for name, number, group, home, shell in users]
+        (etc / "passwd").write_text("".join(lines))
+        # sshd lets nobody in whose password is locked, as root's often is; here nobody has one.
+        (etc / "shadow").write_text("".join(f"{user[0]}:*:19000:0:99999:7:::\n" for user in users))
         if self._kind is Isolation.USER_NAMESPACES:
-            (etc / "group").write_text(f"{self.user}:x:{me.pw_gid}:\n")
+            (etc / "group").write_text(f"{self.user}:x:{self._group}:\n")
         for file in etc.iterdir():
-            file.chmod(0o644)
+            file.chmod(0o600 if file.name == "shadow" else 0o644)
 
 
 _SSHD_CONFIG = """\
@@ -493,28 +523,30 @@ Subsystem sftp internal-sftp
 """
 
 
-def processes_of(directory: Path) -> list[int]:
-    """List the processes of nodes whose files are in a platform's directory, by their environment."""
-    mark = str(directory).encode() + b"/"
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
-            with contextlib.suppress(OSError):
-                if mark in Path("/proc", entry, "environ").read_bytes():
-                    found.append(int(entry))
-    return found
-
-
 def free_memory() -> int:
     """Return the bytes of memory that are free for new processes here, a container's limit included."""
     free = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) << 10
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, limit - used)
+    for limit, used, statistics, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        group = Path("/sys/fs/cgroup")
+        # No limit is no number ("max").
+        with contextlib.suppress(OSError, ValueError):
+            room = int((group / limit).read_text()) - int((group / used).read_text())
+            for line in (group / statistics).read_text().splitlines():
+                if line.startswith(f"{cached} "):
+                    # What is kept of files that were read counts as used, and gives way.
+                    room += int(line.split()[1])
+            free = min(free, room)
     return free
 
 
@@ -534,8 +566,8 @@ def _task(effect: StartTask) -> dict[str, Any]:
 def _candidates() -> list[Isolation]:
     if sys.platform != "linux":
         raise LocalPlatformError("the local platform's nodes need Linux")
-    best = Isolation.NAMESPACES if os.geteuid() == 0 else Isolation.USER_NAMESPACES
-    return [best, Isolation.PROCESSES]
+    below = [Isolation.USER_NAMESPACES, Isolation.PROCESSES]
+    return [Isolation.NAMESPACES, *below] if os.geteuid() == 0 else below
 
 
 def _node_id(number: int) -> str:
@@ -543,12 +575,13 @@ def _node_id(number: int) -> str:
     return f"n{number}"
 
 
-def _user_name() -> str:
+def _user() -> tuple[str, int]:
+    """Return the name and the group of this user, who may have no entry, as in some containers."""
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        entry = pwd.getpwuid(os.geteuid())
     except KeyError:
-        # A container may run as a user that has no entry.
-        return getpass.getuser()
+        return f"uid{os.geteuid()}", os.getegid()
+    return entry.pw_name, entry.pw_gid
 
 
 def _find_sshd() -> str | None:
@@ -556,10 +589,6 @@ def _find_sshd() -> str | None:
         if path and os.access(path, os.X_OK):
             return path
     return None
-
-
-def _passwd_line(name: str, uid: int, gid: int, home: str, shell: str) -> str:
-    return f"{name}:x:{uid}:{gid}::{home}:{shell}\n"
 
 
 def _link_environment(place: Path) -> None:
@@ -572,36 +601,40 @@ def _link_environment(place: Path) -> None:
 
 def _environment_below_tmp() -> list[str]:
     """List the directories of this Python environment that a node's own ``/tmp`` would hide."""
-    wanted = {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, *_import_path())}
+    places = (sys.prefix, sys.base_prefix, *import_path(), *(str(path) for path in program_directories()))
+    wanted = {os.path.realpath(path) for path in places}
     below = sorted(path for path in wanted if path.startswith("/tmp/") and os.path.isdir(path))  # noqa: S108
     return [path for path in below if not any(path.startswith(f"{other}/") for other in below)]
 
 
-def _import_path() -> list[str]:
-    """List the directories that this process imports from, the package's own among them."""
-    here = str(Path(__file__).resolve().parents[2])
-    return list(dict.fromkeys([here, *(path for path in sys.path if path and os.path.isdir(path))]))
+def _free_network(isolation: Isolation) -> tuple[socket.socket, str, str]:
+    """Choose a network for the nodes that nobody uses.
 
-
-def _free_network(isolation: Isolation) -> tuple[str, str]:
-    """Choose the first three numbers of the nodes' network and the name of this machine's interface on it."""
-    start = os.getpid() % 256
-    if isolation is Isolation.NAMESPACES:
-        used = Path("/proc/net/route").read_text() + " ".join(os.listdir("/sys/class/net"))
-        for offset in range(256):
-            number = (start + offset) % 256
-            # Routes list their network as a little-endian hexadecimal number.
-            if f"\t00{number:02X}D50A\t" not in used and f"raydog{number}" not in used.split():
-                return f"10.213.{number}", f"raydog{number}"
-        raise LocalPlatformError(
-            "all 256 networks 10.213.0.0/24 to 10.213.255.0/24 are taken on this machine"
-        )
-    first = "10" if isolation is Isolation.USER_NAMESPACES else "127"
-    for offset in range(256):
-        number = (start + offset) % 256
-        with contextlib.suppress(OSError), _listen(f"127.213.{number}.1", 0):
-            return f"{first}.213.{number}", ""
-    raise LocalPlatformError("no loopback address 127.213.x.1 can be used on this machine")
+    :returns: a socket that claims it for as long as it is open, the network's first three numbers and the
+        name of this machine's interface on it.
+    """
+    numbers = random.sample(range(256), 256)
+    routes = Path("/proc/net/route").read_text()
+    interfaces = os.listdir("/sys/class/net")
+    for number in numbers:
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            # A name in the abstract name space can be had once, and is free when its process ends.
+            claim.bind(f"\0raydog-network-{number}")
+            if isolation is not Isolation.NAMESPACES:
+                _listen(f"127.213.{number}.1", 0).close()
+        except OSError:
+            claim.close()
+            continue
+        # Routes list their network as a little-endian hexadecimal number.
+        taken = f"\t00{number:02X}D50A\t" in routes or f"raydog{number}" in interfaces
+        if isolation is Isolation.NAMESPACES and taken:
+            claim.close()
+            continue
+        first = "127" if isolation is Isolation.PROCESSES else "10"
+        interface = f"raydog{number}" if isolation is Isolation.NAMESPACES else ""
+        return claim, f"{first}.213.{number}", interface
+    raise LocalPlatformError("none of the networks 10.213.x.0/24 and 127.213.x.0/24 is free on this machine")
 
 
 def _free_ssh_port(prefix: str) -> int:
@@ -610,6 +643,28 @@ def _free_ssh_port(prefix: str) -> int:
         with contextlib.suppress(OSError), _listen(address, port) as listener:
             return int(listener.getsockname()[1])
     raise LocalPlatformError(f"no port is free on {address} for the nodes' SSH servers")
+
+
+def _has_interface(name: str) -> bool:
+    return Path("/sys/class/net", name).exists()
+
+
+class _SSHServerError(LocalPlatformError):
+    """A node is there, but its SSH server does not speak."""
+
+
+def _require_ssh(address: str, port: int) -> None:
+    """Wait for the first words of a node's SSH server.
+
+    :raises _SSHServerError: when they do not come.
+    """
+    try:
+        with socket.create_connection((address, port), timeout=10) as connection:
+            greeting = connection.recv(64)
+    except OSError as error:
+        raise _SSHServerError(f"no answer on {address}:{port} ({error})") from error
+    if not greeting.startswith(b"SSH-"):
+        raise _SSHServerError("it ends as soon as somebody connects")
 
 
 def _listen(address: str, port: int) -> socket.socket:

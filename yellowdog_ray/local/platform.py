@@ -12,7 +12,6 @@ import contextlib
 import enum
 import os
 import secrets
-import shutil
 import signal
 import socket
 import tempfile
@@ -27,7 +26,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
-from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, free_memory, processes_of
+from yellowdog_ray.local.linux import processes_with, remove_tree
+from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, free_memory
+from yellowdog_ray.local.supervisor import NODE_FILES
 
 if TYPE_CHECKING:
     from yellowdog_ray.local.events import Event
@@ -61,6 +62,7 @@ DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate()}
 class _State(enum.Enum):
     NEW = "it has not been started"
     RUNNING = "it is running"
+    CLOSING = "it is being closed"
     CLOSED = "it has been closed"
 
 
@@ -101,6 +103,11 @@ class LocalPlatform:
             if name.count("/") != 1:
                 raise SpecError(f"a template is named namespace/name, not {name!r}")
         self._state = _State.NEW
+        self._listener: socket.socket | None = None
+        self._directory: Path | None = None
+        self._lock: int | None = None
+        self._nodes_made: LocalNodes | None = None
+        self._server: _Server | None = None
         self._key_id = str(uuid.uuid4())
         self._secret = secrets.token_urlsafe(32)
 
@@ -110,7 +117,7 @@ class LocalPlatform:
     def url(self) -> str:
         """The base URL of the API."""
         self._require_running()
-        return f"http://127.0.0.1:{self._server.port}"
+        return f"http://127.0.0.1:{self._server.port if self._server else 0}"
 
     @property
     def key_id(self) -> str:
@@ -154,6 +161,12 @@ class LocalPlatform:
         return self._nodes.ssh_port
 
     @property
+    def directory(self) -> str:
+        """The platform's own directory, which only this user may read; it is removed at the end."""
+        self._require_running()
+        return str(self._directory)
+
+    @property
     def isolation(self) -> Isolation:
         """The kind of node that this platform makes."""
         self._require_running()
@@ -184,22 +197,15 @@ class LocalPlatform:
                 f"one Ray node needs {NODE_MEMORY >> 20} MiB"
             )
         remove_leftovers()
-        listener = _bind(self._port)
-        directory = Path(tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=_DIRECTORY_HOME))
         try:
-            self._lock = _lock(directory)
-            self._nodes = LocalNodes(
-                directory, self._isolation, lock=self._lock, system_sshd=self._system_sshd
-            )
-            if self._nodes.isolation is Isolation.PROCESSES:
-                _require_ray_ports(self._nodes)
-            self._server = _Server(self, listener, self._nodes)
-            self._server.start()
-        except BaseException:
-            listener.close()
-            if hasattr(self, "_nodes"):
-                self._nodes.close()
-            shutil.rmtree(directory, ignore_errors=True)
+            self._start()
+        except BaseException as error:
+            self._end()
+            if isinstance(error, OSError) and not isinstance(error, LocalPlatformError):
+                raise LocalPlatformError(
+                    f"the local platform cannot work in {_DIRECTORY_HOME}: {error.strerror or error}. "
+                    "Is there space, and may this user write there?"
+                ) from error
             raise
         self._state = _State.RUNNING
         # A platform that nobody closed is closed before the interpreter ends; by its weak reference, so
@@ -207,14 +213,44 @@ class LocalPlatform:
         atexit.register(_close, weakref.ref(self))
         return self
 
+    def _start(self) -> None:
+        self._owner = os.getpid()
+        self._listener = _bind(self._port)
+        self._directory = Path(tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=_DIRECTORY_HOME))
+        self._lock = _lock(self._directory)
+        self._nodes_made = LocalNodes(
+            self._directory, self._isolation, lock=self._lock, system_sshd=self._system_sshd
+        )
+        if self._nodes.isolation is Isolation.PROCESSES:
+            _require_ray_ports(self._nodes)
+        self._server = _Server(self, self._listener, self._nodes)
+        self._server.start()
+
     def close(self) -> None:
-        """End the platform with all its nodes and remove what it made; a second call does nothing."""
-        if self._state is not _State.RUNNING:
+        """End the platform with all its nodes and remove what it made; a second call does nothing.
+
+        A call that was interrupted can be repeated. In a process that was forked from the owner it does
+        nothing: the platform is the owner's.
+        """
+        if self._state not in (_State.RUNNING, _State.CLOSING) or os.getpid() != self._owner:
             return
+        self._state = _State.CLOSING
+        self._end()
         self._state = _State.CLOSED
-        self._server.stop()
-        self._nodes.close()
-        os.close(self._lock)
+
+    def _end(self) -> None:
+        """Undo what has been done of :meth:`_start`, each step whether or not the one before it worked."""
+        with contextlib.ExitStack() as steps:
+            if self._lock is not None:
+                steps.callback(_close_quietly, self._lock)
+            if self._directory is not None:
+                steps.callback(remove_tree, self._directory)
+            if self._nodes_made is not None:
+                steps.callback(self._nodes_made.close)
+            if self._listener is not None:
+                steps.callback(self._listener.close)
+            if self._server is not None:
+                steps.callback(self._server.stop)
 
     def nodes(self) -> list[str]:
         """List the instances whose nodes exist on this machine now, whatever the API says of them."""
@@ -223,7 +259,7 @@ class LocalPlatform:
 
     def leftovers(self) -> list[str]:
         """List what of this platform is left on the machine: nothing, once it is closed."""
-        return self._nodes.leftovers()
+        return self._nodes_made.leftovers() if self._nodes_made is not None else []
 
     def __enter__(self) -> LocalPlatform:
         if self._state is _State.NEW:
@@ -242,6 +278,12 @@ class LocalPlatform:
         where = f" at {self.url}" if self._state is _State.RUNNING else ""
         return f"<LocalPlatform{where}: {self._state.value}>"
 
+    @property
+    def _nodes(self) -> LocalNodes:
+        if self._nodes_made is None:
+            raise ClusterStateError(f"the local platform has no nodes: {self._state.value}")
+        return self._nodes_made
+
     def _require_running(self) -> None:
         if self._state is not _State.RUNNING:
             raise ClusterStateError(f"the local platform cannot be used: {self._state.value}")
@@ -252,6 +294,8 @@ class _Server:
 
     def __init__(self, platform: LocalPlatform, listener: socket.socket, nodes: LocalNodes) -> None:
         self._platform, self._listener, self._nodes = platform, listener, nodes
+        # The server closes the listener itself, and only its own descriptor of it.
+        self._listener_copy = listener.dup()
         self.port: int = listener.getsockname()[1]
         self._thread = threading.Thread(target=self._run, name="raydog-local-platform", daemon=True)
         self._started = threading.Event()
@@ -270,9 +314,13 @@ class _Server:
 
     def stop(self) -> None:
         """End the API and the thread."""
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, AttributeError):
             self._loop.call_soon_threadsafe(self._begin_stop)
-        self._thread.join(_START_TIMEOUT)
+        if self._thread.ident is not None:
+            self._thread.join(_START_TIMEOUT)
+        # A forked process may hold a copy of the socket: nobody is to wait for an answer there.
+        with contextlib.suppress(OSError), self._listener_copy:
+            self._listener_copy.shutdown(socket.SHUT_RDWR)
 
     def _begin_stop(self) -> None:
         self._core.close()
@@ -315,6 +363,12 @@ class _Server:
         await serving
 
 
+def _close_quietly(fd: int) -> None:
+    # A second attempt at an end that was interrupted finds it closed.
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
 def _close(reference: weakref.ref[LocalPlatform]) -> None:
     platform = reference()
     if platform is not None:
@@ -348,11 +402,11 @@ def remove_leftovers() -> None:
     """
     for directory in Path(_DIRECTORY_HOME).glob(f"{_DIRECTORY_PREFIX}*"):
         with contextlib.suppress(OSError):
-            if directory.stat().st_uid != os.geteuid() or not _is_abandoned(directory):
+            if directory.lstat().st_uid != os.geteuid() or not _is_abandoned(directory):
                 continue
-            for pid in processes_of(directory):
+            for pid in processes_with(NODE_FILES, str(directory)):
                 os.kill(pid, signal.SIGKILL)
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_tree(directory)
 
 
 def _is_abandoned(directory: Path) -> bool:
@@ -376,8 +430,10 @@ def _lock(directory: Path) -> int:
     """Take the lock that says that a directory is in use; it is held as long as a copy of it is open."""
     import fcntl
 
-    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    # It gets its name when it is locked: a platform that starts meanwhile must not find it free.
+    fd = os.open(directory / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(fd, fcntl.LOCK_SH)
+    os.rename(directory / "lock.new", directory / "lock")
     return fd
 
 

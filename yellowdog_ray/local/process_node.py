@@ -7,8 +7,11 @@ node's Ray processes alone: Ray's own ends every Ray process that it can see.
 
 from __future__ import annotations
 
+import os
 import shutil
+import site
 import sys
+import sysconfig
 from pathlib import Path
 
 _RAY = """\
@@ -18,6 +21,7 @@ import signal
 import sys
 import time
 
+sys.path += {path!r}
 from yellowdog_ray.local.linux import descendants
 
 AGENT = int(os.environ.get("RAYDOG_AGENT_PID", "0"))
@@ -85,7 +89,13 @@ def write_plain_environment(place: Path, address: str, temporary: Path) -> None:
     ray = place / "bin" / "ray"
     ray.unlink(missing_ok=True)
     ray.write_text(
-        _RAY.format(python=sys.executable, ray=f"{sys.prefix}/bin/ray", address=address, temporary=temporary)
+        _RAY.format(
+            python=sys.executable,
+            path=import_path(),
+            ray=str(_program("ray")),
+            address=address,
+            temporary=temporary,
+        )
     )
     ray.chmod(0o755)
 
@@ -98,13 +108,37 @@ def mirror_environment(place: Path) -> None:
     """
     programs = place / "bin"
     programs.mkdir(parents=True)
+    for directory in program_directories():
+        for program in directory.iterdir():
+            if program.name != "activate" and not (programs / program.name).is_symlink():
+                (programs / program.name).symlink_to(program)
     prefix = Path(sys.prefix)
-    for program in (prefix / "bin").iterdir():
-        if program.name != "activate":
-            (programs / program.name).symlink_to(program)
     if (prefix / "pyvenv.cfg").exists():
         shutil.copyfile(prefix / "pyvenv.cfg", place / "pyvenv.cfg")
         for entry in prefix.iterdir():
             if entry.name not in ("bin", "pyvenv.cfg"):
                 (place / entry.name).symlink_to(entry)
-    (programs / "activate").write_text(_ACTIVATE.format(prefix=prefix, place=place))
+    # A task's home is not the user's, below which Python looks for what was installed for the user alone.
+    user_base = f'export PYTHONUSERBASE="{site.getuserbase()}"\n' if site.ENABLE_USER_SITE else ""
+    (programs / "activate").write_text(_ACTIVATE.format(prefix=prefix, place=place) + user_base)
+
+
+def program_directories() -> list[Path]:
+    """List the directories with the programs of this Python environment, its own first."""
+    places = [Path(sys.prefix, "bin"), Path(sysconfig.get_path("scripts"))]
+    if site.ENABLE_USER_SITE:
+        places.append(Path(site.getuserbase(), "bin"))
+    return [place for place in dict.fromkeys(places) if place.is_dir()]
+
+
+def import_path() -> list[str]:
+    """List the directories that this process imports from, the package's own among them."""
+    here = str(Path(__file__).resolve().parents[2])
+    return list(dict.fromkeys([here, *(path for path in sys.path if path and os.path.isdir(path))]))
+
+
+def _program(name: str) -> Path:
+    for directory in program_directories():
+        if (directory / name).exists():
+            return directory / name
+    return Path(sys.prefix, "bin", name)

@@ -18,26 +18,29 @@ import contextlib
 import json
 import os
 import select
-import selectors
-import shutil
 import signal
 import socket
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from yellowdog_ray.local import linux
 from yellowdog_ray.local.agent import Agent
-from yellowdog_ray.local.protocol import Channel, Closed
+from yellowdog_ray.local.protocol import Channel, Closed, Loop
 
 AGENT_HOME = "/opt/yellowdog/agent"
 AGENT_DATA = "/var/opt/yellowdog/agent/data"
+NODE_FILES = "RAYDOG_NODE_FILES"
+"""The variable in the environment of all that runs in a node; it holds the node's directory."""
 _STOP_PATIENCE = 3.0
 _BRIDGE = "lan"
 # The first place to import from would be the directory that the server starts in, which is the user's.
-_EMBEDDED_SSHD = "import sys; del sys.path[0]; from yellowdog_ray.local.sshd import main; sys.exit(main())"
+_EMBEDDED_SSHD = (
+    "import sys; sys.path[:1] = {path!r}; from yellowdog_ray.local.sshd import main; sys.exit(main())"
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,6 @@ def main() -> None:
         os.set_inheritable(fd, False)
     control = socket.socket(fileno=control_fd)
     settings = Settings(**json.loads(sys.argv[3]))
-    os.setsid()
     linux.set_process_name("raydog-watcher")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -88,7 +90,7 @@ def main() -> None:
     status = _watch(control, settings, owner_fd, lock_fd)
     if select.select([owner_fd], [], [], 0)[0]:
         # Nobody else is left to remove it.
-        shutil.rmtree(settings.directory, ignore_errors=True)
+        linux.remove_tree(settings.directory)
     sys.exit(status)
 
 
@@ -126,7 +128,7 @@ def _watch(control: socket.socket, settings: Settings, owner_fd: int, lock_fd: i
         if os.read(lan_ready, 1) and settings.isolation == "namespaces":
             _join_lan(settings, keeper)
         os.write(join_done, b"1")
-    except OSError as error:
+    except Exception as error:  # pyroute2's own among them
         Channel(control).send({"event": "failed", "reason": f"cannot make the nodes' network: {error}"})
         os.kill(keeper, signal.SIGKILL)
     # From here on the keeper alone holds the platform's line, so that either end sees the other go.
@@ -223,20 +225,16 @@ class _Keeper:
         self._platform, self._settings = platform, settings
         self._nodes: dict[str, _Node] = {}
         self._made = 0
-        self._selector = selectors.DefaultSelector()
+        self._loop = Loop()
 
     def run(self) -> None:
         """Serve until the platform closes its line; what is left is ended by whoever reaps this process."""
-        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._selector.register(wake_read, selectors.EVENT_READ, lambda: self._reap(wake_read))
-        self._selector.register(self._platform, selectors.EVENT_READ, self._obey)
+        self._loop.watch_children(self._child_ended)
+        self._loop.watch_line(self._platform, self._obey)
         self._platform.send({"event": "ready"})
         with contextlib.suppress(Closed):
             while True:
-                for key, _ in self._selector.select(self._time_to_next_kill()):
-                    key.data()
+                self._loop.run_once(self._time_to_next_kill())
                 self._kill_overdue()
 
     def _obey(self) -> None:
@@ -270,7 +268,7 @@ class _Keeper:
                 listener.close()
         channel = Channel(ours)
         self._nodes[message["id"]] = _Node(channel, pid)
-        self._selector.register(channel, selectors.EVENT_READ, lambda: self._relay(message["id"], channel))
+        self._loop.watch_line(channel, partial(self._relay, message["id"], channel))
 
     def _close_inherited(self) -> None:
         """In a node's fresh process: drop the lines that are not its own."""
@@ -283,7 +281,7 @@ class _Keeper:
             for message in channel.receive():
                 self._report(node_id, message)
         except Closed:
-            self._selector.unregister(channel)
+            self._loop.forget(channel)
 
     def _report(self, node_id: str, message: dict[str, Any]) -> None:
         self._platform.send({**message, "id": node_id})
@@ -310,33 +308,27 @@ class _Keeper:
                         os.kill(pid, signal.SIGKILL)
                 node.kill_at = None
 
-    def _reap(self, wake_fd: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while os.read(wake_fd, 512):
-                pass
-        while True:
-            try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            for node_id, node in list(self._nodes.items()):
-                if node.pid == pid:
-                    self._forget(node_id, node)
+    def _child_ended(self, pid: int, status: int) -> None:
+        for node_id, node in list(self._nodes.items()):
+            if node.pid == pid:
+                self._forget(node_id, node)
 
     def _forget(self, node_id: str, node: _Node) -> None:
         # What the agent said before it went comes first.
-        with contextlib.suppress(KeyError):
-            self._selector.get_key(node.channel)
-            with contextlib.suppress(Closed, BlockingIOError):
-                while select.select([node.channel], [], [], 0)[0]:
-                    for message in node.channel.receive():
-                        self._report(node_id, message)
-            self._selector.unregister(node.channel)
+        with contextlib.suppress(Closed):
+            while select.select([node.channel], [], [], 0)[0]:
+                for message in node.channel.receive():
+                    self._report(node_id, message)
+        self._loop.forget(node.channel)
         node.channel.close()
         del self._nodes[node_id]
-        shutil.rmtree(Path(self._settings.directory, node_id), ignore_errors=True)
+        directory = str(Path(self._settings.directory, node_id))
+        if not self._settings.namespaced:
+            # An agent that was killed could not end its tasks, and no kernel does it here.
+            for pid in linux.processes_with(NODE_FILES, directory):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        linux.remove_tree(directory)
         self._report(node_id, {"event": "gone"})
 
 
@@ -461,7 +453,7 @@ def _be_node(
         command = [settings.sshd, "-i", "-E", str(ssh / "sshd.log"), "-f", str(ssh / "sshd_config")]
     else:
         command = [
-            message["python"], "-c", _EMBEDDED_SSHD,
+            message["python"], "-c", _EMBEDDED_SSHD.format(path=[entry for entry in sys.path if entry]),
             "--host-key", str(ssh / "host_key"), "--authorized-keys", str(ssh / "authorized_keys"),
             "--user", settings.user, "--user", "yd-agent",
         ]  # fmt: skip

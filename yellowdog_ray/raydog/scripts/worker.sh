@@ -30,10 +30,15 @@ if [ -z "$head_ip" ]; then
 fi
 
 # Workers start as soon as their node is up, which may be long before the head is. Ray itself would wait
-# in steps of 40 s.
+# in steps of 40 s. A connection that is dropped rather than refused would hang for minutes, and Bash would
+# not act on a signal meanwhile: each try has its own time, in the background.
 seconds="${RAYDOG_HEAD_WAIT_SECONDS:-600}"
 deadline=$((SECONDS + seconds))
-until (exec 3<>"/dev/tcp/$head_ip/$head_port") 2>/dev/null; do
+head_listens() {
+    timeout 2 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$head_ip" "$head_port" 2>/dev/null &
+    wait $!
+}
+until head_listens; do
     if [ "$SECONDS" -ge "$deadline" ]; then
         echo "The Ray head at $head_ip port $head_port did not listen within $seconds s:" \
             "look at the head node's task, and at the network between the two nodes" >&2
