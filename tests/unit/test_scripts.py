@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -212,6 +213,43 @@ def test_worker_gives_up(agent):
     assert time.monotonic() - began < 5
     assert "127.0.0.99 port 6379 did not listen within 1 s" in output
     assert agent.calls.read_text() == ""
+
+
+@contextmanager
+def silent(address: str) -> Iterator[str]:
+    """Take an address at which connections are neither accepted nor refused, as behind a firewall."""
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, 6379))
+        listener.listen(0)
+        # Once its queue is full, the kernel drops what else comes.
+        for _ in range(8):
+            client = sockets.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex((address, 6379))
+        yield address
+
+
+def test_worker_gives_up_behind_a_firewall(agent):
+    """A worker whose connections are dropped gives up at its deadline too."""
+    with silent("127.0.0.13") as address:
+        began = time.monotonic()
+        process = agent.start("worker", RAY_HEAD_IP=address, RAYDOG_HEAD_WAIT_SECONDS="1")
+        output, _ = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert f"{address} port 6379 did not listen within 1 s" in output
+        assert time.monotonic() - began < 10
+
+
+def test_worker_is_aborted_behind_a_firewall(agent):
+    """A worker whose connections are dropped can be aborted while it tries."""
+    with silent("127.0.0.14") as address:
+        process = agent.start("worker", RAY_HEAD_IP=address)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=5)
+        assert process.returncode == 143
 
 
 def test_worker_is_aborted_while_it_waits(agent):
