@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import statistics
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -446,7 +448,6 @@ def test_ports_that_are_none(port: object) -> None:
     [
         ({"ray_head_ip_address": ""}, "address is empty"),
         ({"ssh_user": ""}, "SSH user is needed"),
-        ({"password": None}, "a key or a password"),
         ({"ssh_port": 0}, "ssh_port must be"),
         ({"ray_tunnel_specs": []}, "no port to forward"),
         (
@@ -462,6 +463,52 @@ def test_arguments_that_cannot_work(changes: dict[str, object], message: str) ->
     arguments = {"ray_head_ip_address": "192.0.2.1", "ssh_user": "user", "password": "s3cret", **changes}
     with pytest.raises(SpecError, match=message):
         RayTunnels(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without keys, and no SSH agent."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    (tmp_path / ".ssh").mkdir()
+    return tmp_path
+
+
+def test_no_key_at_all(home: Path) -> None:
+    """With no key, no password and none of one's own, the error says so before anything is opened."""
+    spec = to(1)
+    with pytest.raises(TunnelError, match="needs a key or a password"):
+        RayTunnels("127.0.0.1", "user", ray_tunnel_specs=[spec]).start_tunnels()
+    assert is_free(spec.local_port)
+
+
+def test_the_users_own_key(ssh_server: SshServer, echo: int, home: Path) -> None:
+    """Without key and password, a key in ~/.ssh is taken, as ssh does."""
+    key = home / ".ssh" / "id_ed25519"
+    key.write_bytes(ssh_server.key.read_bytes())
+    key.chmod(0o600)
+    spec = to(echo)
+    with RayTunnels("127.0.0.1", ssh_server.user, ray_tunnel_specs=[spec], ssh_port=ssh_server.port):
+        assert ask(spec.local_port) == b"hello"
+
+
+def test_a_key_of_the_agent(
+    ssh_server: SshServer, echo: int, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without key and password, the keys of the user's SSH agent are tried."""
+    # A path of its own: the names of sockets are short.
+    with tempfile.TemporaryDirectory() as directory:
+        agent = subprocess.Popen(["ssh-agent", "-D", "-a", f"{directory}/agent"], stdout=subprocess.DEVNULL)
+        try:
+            assert eventually(Path(directory, "agent").exists, 5)
+            monkeypatch.setenv("SSH_AUTH_SOCK", f"{directory}/agent")
+            subprocess.run(["ssh-add", "-q", str(ssh_server.key)], check=True)
+            spec = to(echo)
+            with RayTunnels("127.0.0.1", ssh_server.user, ray_tunnel_specs=[spec], ssh_port=ssh_server.port):
+                assert ask(spec.local_port) == b"hello"
+        finally:
+            agent.terminate()
+            agent.wait()
 
 
 def test_addresses_and_repr() -> None:

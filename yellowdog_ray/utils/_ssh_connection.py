@@ -8,10 +8,12 @@ import contextlib
 import hashlib
 import io
 import logging
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import paramiko
@@ -102,6 +104,21 @@ def load_key(path: str, passphrase: str | None) -> paramiko.PKey:
     raise TunnelError(f"The private key {path} is neither RSA, ECDSA nor Ed25519")
 
 
+def own_keys() -> list[tuple[paramiko.PKey, str]]:
+    """List the keys that ``ssh`` would try: those of the user's agent, then the unencrypted ones in ~/.ssh.
+
+    :returns: each with where it is from; at most five, since sshd hangs up after six attempts.
+    """
+    keys: list[tuple[paramiko.PKey, str]] = []
+    with contextlib.suppress(paramiko.SSHException, OSError):
+        keys += [(key, f"{key.comment or 'unnamed'} of the SSH agent") for key in paramiko.Agent().get_keys()]
+    for name in ("id_ed25519", "id_ecdsa", "id_rsa"):
+        path = os.path.expanduser(f"~/.ssh/{name}")
+        with contextlib.suppress(TunnelError):
+            keys.append((load_key(path, None), path))
+    return keys[:5]
+
+
 def connect(host: str, port: int, host_key: HostKey | None) -> paramiko.Transport:
     """Connect to an SSH server and check its key; nobody is logged in yet.
 
@@ -176,21 +193,20 @@ def log_in(
     transport: paramiko.Transport,
     host: str,
     user: str,
-    key: paramiko.PKey | None,
-    key_file: str | None,
+    keys: Sequence[tuple[paramiko.PKey, str]],
     password: str | None,
 ) -> None:
-    """Log in with the key and then, if that is refused, with the password, as far as they are given.
+    """Log in with one of the keys and then, if they are refused, with the password if there is one.
 
     :param host: the server's name, for messages.
-    :param key_file: where the key is from, for messages.
+    :param keys: keys, each with where it is from, for messages.
     :raises TunnelError: where neither is accepted; the transport is left to the caller.
     """
     where = f"{host}:{transport.getpeername()[1]}"
     attempts: list[tuple[str, Callable[[], Sequence[str]]]] = []
-    if key is not None:
-        named = f"the key {key_file} ({HostKey(key.get_name(), key.asbytes())})"
-        attempts.append((named, lambda: transport.auth_publickey(user, key)))
+    for key, origin in keys:
+        named = f"the key {origin} ({HostKey(key.get_name(), key.asbytes())})"
+        attempts.append((named, partial(transport.auth_publickey, user, key)))
     if password:
         attempts.append(("the password", lambda: transport.auth_password(user, password)))
     refused = []

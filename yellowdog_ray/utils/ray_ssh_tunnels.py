@@ -35,6 +35,7 @@ from yellowdog_ray.utils._ssh_connection import (
     disconnect,
     load_key,
     log_in,
+    own_keys,
     quicken,
     quiet_log,
 )
@@ -108,7 +109,8 @@ class RayTunnels:
     :param ray_head_ip_address: the head node's address or name.
     :param ssh_user: the user to log in as.
     :param password: that user's password, where there is no key; tried after the key, where there are both.
-    :param private_key_file: the file of the private key (OpenSSH, PEM or PKCS#8; RSA, ECDSA or Ed25519).
+    :param private_key_file: the file of the private key (OpenSSH, PEM or PKCS#8; RSA, ECDSA or Ed25519). With
+        neither key nor password, the keys of the SSH agent and the unencrypted ones in ``~/.ssh`` are tried.
     :param private_key_password: the passphrase of that file.
     :param ray_tunnel_specs: the ports to forward; by default 10001 (Ray Client) and 8265 (dashboard).
     :param ssh_port: the port of the SSH server, 22 by default.
@@ -136,8 +138,6 @@ class RayTunnels:
             raise SpecError("The head node's address is empty: has the cluster been built?")
         if not ssh_user:
             raise SpecError("An SSH user is needed, such as the one that the node's image was made with")
-        if not password and not private_key_file:
-            raise SpecError("SSH needs a key or a password: give private_key_file or password")
         if ray_tunnel_specs is None:
             ray_tunnel_specs = [self.basic_port_forward(port) for port in (_CLIENT_PORT, _DASHBOARD_PORT)]
         self._specs = list(ray_tunnel_specs)
@@ -166,12 +166,12 @@ class RayTunnels:
             if self.is_active:
                 return
             self.stop_tunnels()
-            key = None if self._key_file is None else load_key(self._key_file, self._key_password)
+            keys = self._keys()
             try:
                 for spec in self._specs:
                     self._servers.append(_Server(spec))
                 self._transport = connect(self._host, self._ssh_port, self._host_key)
-                log_in(self._transport, self._host, self._user, key, self._key_file, self._password)
+                log_in(self._transport, self._host, self._user, keys, self._password)
                 quicken(self._transport)
                 for server in self._servers:
                     server.serve(self._transport)
@@ -197,6 +197,17 @@ class RayTunnels:
         if problems and not ignore_errors:
             raise TunnelError(f"The tunnels to {self._where} did not close cleanly: {'; '.join(problems)}")
 
+    def _keys(self) -> list[tuple[paramiko.PKey, str]]:
+        if self._key_file is not None:
+            return [(load_key(self._key_file, self._key_password), self._key_file)]
+        keys = [] if self._password else own_keys()
+        if not keys and not self._password:
+            raise TunnelError(
+                "SSH needs a key or a password: give private_key_file or password. The SSH agent has no key, "
+                "and ~/.ssh none that is unencrypted"
+            )
+        return keys
+
     @property
     def is_active(self) -> bool:
         """Whether the tunnels are open and their SSH connection is, as far as is known, alive."""
@@ -212,18 +223,19 @@ class RayTunnels:
         """The dashboard's local URL, such as ``"http://127.0.0.1:8265"``; None if 8265 is not forwarded."""
         return self._address("http", _DASHBOARD_PORT)
 
-    def wait_for_ray(self, timeout: timedelta = timedelta(minutes=5)) -> None:
+    def wait_for_ray(self, timeout: timedelta | float = timedelta(minutes=5)) -> None:
         """Wait until Ray on the head takes clients: some seconds after its task has started.
 
         A client that comes earlier may be turned away (``Starting Ray client server failed``): Ray opens the
         client port before it can start anything on the node. What is asked is the health of the head's own
         raylet, at ``/api/local_raylet_healthz`` on port 52365 of its localhost, which needs no token.
 
-        :param timeout: how long to wait.
+        :param timeout: how long to wait, as a timedelta or in seconds.
         :raises ClusterStateError: where the tunnels are not open.
         :raises WaitTimeoutError: where Ray did not become ready in time, with the last answer.
         """
-        deadline = time.monotonic() + timeout.total_seconds()
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+        deadline = time.monotonic() + seconds
         while True:
             if not self.is_active or self._transport is None:
                 raise ClusterStateError(f"The tunnels to {self._where} are not open: call start_tunnels()")
@@ -232,7 +244,7 @@ class RayTunnels:
                 return
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError(
-                    f"Ray on {self._host} was not ready after {timeout.total_seconds():g} s: {answer}. Its "
+                    f"Ray on {self._host} was not ready after {seconds:g} s: {answer}. Its "
                     "log is in /tmp/ray/session_latest/logs on the head, and the head's task has its output"
                 )
             time.sleep(0.1)
