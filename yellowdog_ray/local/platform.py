@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import contextlib
 import enum
+import logging
 import os
 import secrets
 import signal
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from yellowdog_ray.local.scheduler import Scheduler
 
 __all__ = ["DEFAULT_TEMPLATES", "LocalPlatform", "NodeTemplate"]
+
+_log = logging.getLogger(__name__)
 
 _DIRECTORY_PREFIX = "raydog-local-"
 # Not TMPDIR: the names of Ray's sockets below it must fit into 107 bytes.
@@ -208,6 +211,9 @@ class LocalPlatform:
                 ) from error
             raise
         self._state = _State.RUNNING
+        _log.log(
+            logging.WARNING if self._nodes.refusals else logging.INFO, "%s: %s", self.url, self.describe()
+        )
         # A platform that nobody closed is closed before the interpreter ends; by its weak reference, so
         # that this does not keep it alive.
         atexit.register(_close, weakref.ref(self))
