@@ -85,7 +85,7 @@ class Agent:
         with contextlib.suppress(Closed):
             self._channel.send({"event": "registered"})
             while True:
-                self._loop.run_once(self._time_to_next_kill())
+                self._loop.run_once(task.kill_at for task in self._tasks.values())
                 self._kill_overdue()
         self._end_all()
 
@@ -137,10 +137,6 @@ class Agent:
             if task.run_id == run_id and task.kill_at is None:
                 os.kill(task.pid, signal.SIGTERM)
                 task.kill_at = time.monotonic() + ABORT_GRACE
-
-    def _time_to_next_kill(self) -> float | None:
-        times = [task.kill_at for task in self._tasks.values() if task.kill_at is not None]
-        return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()

@@ -13,8 +13,9 @@ import os
 import selectors
 import signal
 import socket
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 __all__ = ["Channel", "Closed", "Loop"]
@@ -150,8 +151,13 @@ class Loop:
 
         self.watch(wake_read, reap)
 
-    def run_once(self, timeout: float | None) -> None:
-        """Wait for something, at most so many seconds, and call what belongs to it."""
+    def run_once(self, deadlines: Iterable[float | None]) -> None:
+        """Wait for something, at most until the first deadline, and call what belongs to it.
+
+        :param deadlines: times of ``time.monotonic``; None is none.
+        """
+        times = [deadline for deadline in deadlines if deadline is not None]
+        timeout = max(0.0, min(times) - time.monotonic()) if times else None
         for key, events in self._selector.select(timeout):
             # One callback may have closed what another was to be called for.
             now = self._selector.get_map().get(key.fd)

@@ -234,7 +234,7 @@ class _Keeper:
         self._platform.send({"event": "ready"})
         with contextlib.suppress(Closed):
             while True:
-                self._loop.run_once(self._time_to_next_kill())
+                self._loop.run_once(node.kill_at for node in self._nodes.values())
                 self._kill_overdue()
 
     def _obey(self) -> None:
@@ -294,10 +294,6 @@ class _Keeper:
         with contextlib.suppress(Closed):
             node.channel.send({"op": "stop"})
         node.kill_at = time.monotonic() + _STOP_PATIENCE
-
-    def _time_to_next_kill(self) -> float | None:
-        times = [node.kill_at for node in self._nodes.values() if node.kill_at is not None]
-        return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
