@@ -11,8 +11,11 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from functools import partial
 
 import pytest
+import requests
+from yellowdog_client.model import ComputeRequirementStatus
 
 from tests.controlplane import KEY_ID, SECRET, TEMPLATE, Fault, Served, serve
 from yellowdog_ray.errors import (
@@ -25,11 +28,14 @@ from yellowdog_ray.errors import (
     PlatformError,
     PlatformUnreachableError,
     SpecError,
+    StateError,
     TeardownError,
     WaitTimeoutError,
 )
-from yellowdog_ray.raydog import assembly, plan, ray_auth, teardown, transport
+from yellowdog_ray.local.scheduler import SchedulerOptions
+from yellowdog_ray.raydog import assembly, builder, plan, ray_auth, teardown, transport
 from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
+from yellowdog_ray.raydog.platform import Build
 
 SHORT = timedelta(seconds=20)
 
@@ -429,7 +435,7 @@ def test_timeout_while_the_task_starts():
     """The same while the head's task does not start, with the task's state in the message."""
     with serve(start_delay=60) as served:
         with pytest.raises(
-            BuildTimeoutError, match=r"the head node's task ydid:task:.* is ALLOCATED|DOWNLOADING|READY"
+            BuildTimeoutError, match=r"the head node's task ydid:task:.* is (ALLOCATED|DOWNLOADING|READY)"
         ):
             make(served).build(timedelta(seconds=1))
         assert_nothing_left(served)
@@ -452,33 +458,122 @@ def test_second_interrupt(platform, monkeypatch):
     cluster = make(platform)
     cluster.add_worker_pool("test/small", None, 2)
     monkeypatch.setattr(cluster._platform, "nodes", _interrupt)
-    monkeypatch.setattr(assembly, "take_back", _interrupt)
+    monkeypatch.setattr(builder, "take_back", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         cluster.build(SHORT)
-    assert len(books(platform)["pools"]) == 2
+    assert "demo-00-head" in books(platform)["pools"]
     cluster.shut_down()
     assert_nothing_left(platform)
+
+
+def slow_answers(cluster: RayDogCluster, monkeypatch) -> threading.Event:
+    """Let the answer to the provisioning of a pool take its time; the event says that it was carried out."""
+    client = cluster.yd_client.worker_pool_client
+    post, carried_out = client.provision_worker_pool, threading.Event()
+
+    def slow(*request):
+        answer = post(*request)
+        carried_out.set()
+        time.sleep(0.4)
+        return answer
+
+    monkeypatch.setattr(client, "provision_worker_pool", slow)
+    return carried_out
+
+
+@pytest.mark.parametrize("by", ["itself", "its state"])
+@pytest.mark.parametrize("during", ["build", "add"])
+def test_second_interrupt_while_calls_are_under_way(platform, monkeypatch, during, by):
+    """What calls create that nobody waits for any more is known nevertheless: it is found by its name."""
+    cluster = make(platform)
+    if during == "add":
+        cluster.build(SHORT)
+    carried_out = slow_answers(cluster, monkeypatch)
+    result = assembly.Crew.result
+
+    def interrupted(crew, future, what):
+        if "template" in what:
+            return result(crew, future, what)
+        carried_out.wait()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly.Crew, "result", interrupted)
+        patch.setattr(assembly.Crew, "stop", _interrupt)
+        begin = partial(cluster.add_worker_pool, "test/small", None, 2) if during == "add" else cluster.build
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+    name = "demo-01-wrkrs" if during == "add" else "demo-00-head"
+    assert name in books(platform)["pools"]
+    state = cluster.save_state_to_json()
+    assert name in state
+    if by == "its state":
+        shut_down_by_proxy(platform, state)
+    cluster.shut_down()
+    assert_nothing_left(platform)
+
+
+@pytest.mark.parametrize("thread", ["the same thread", "another thread"])
+def test_interrupt_before_anything_is_taken_back(platform, monkeypatch, thread):
+    """Where Ctrl-C ends the taking back before it begins, the cluster does not count as being built."""
+    cluster = make(platform)
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster._platform, "nodes", _interrupt)
+        patch.setattr(cluster, "_take_back", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cluster.build(SHORT)
+    if thread == "the same thread":
+        cluster.shut_down()
+    else:
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(cluster.shut_down).result()
+    assert_nothing_left(platform)
+
+
+def test_interrupt_as_the_build_ends(platform, monkeypatch):
+    """Ctrl-C between the last call and the return takes everything back too."""
+    cluster = make(platform)
+    monkeypatch.setattr(assembly.Assembly, "check_running", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.build(SHORT)
+    assert "not built yet" in repr(cluster)
+    assert_nothing_left(platform)
+
+
+def test_shut_down_while_another_thread_builds(platform):
+    """A cluster that another thread is really building is left to that thread."""
+    platform.backend.boot_delay = 1
+    cluster = make(platform)
+    with ThreadPoolExecutor(1) as threads:
+        building = threads.submit(cluster.build, SHORT)
+        while not books(platform)["pools"]:
+            time.sleep(0.02)
+        with pytest.raises(ClusterStateError, match="being built by another thread"):
+            cluster.shut_down()
+        building.result()
+    cluster.shut_down()
 
 
 def _interrupt(*_args, **_options):
     raise KeyboardInterrupt
 
 
-def test_build_again_after_a_failure(platform, monkeypatch):
+@pytest.mark.parametrize("reuse", [True, False])
+def test_build_again_after_a_failure(monkeypatch, reuse):
     """A build that failed and left nothing can be repeated, where the platform gives the names again."""
-    cluster = make(platform)
-    cluster.add_worker_pool("test/small", None, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(cluster._platform, "nodes", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
+    with serve(SchedulerOptions(reuse_finished_names=reuse)) as served, make(served) as cluster:
+        cluster.add_worker_pool("test/small", None, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(cluster._platform, "nodes", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                cluster.build(SHORT)
+        assert_nothing_left(served)
+        if reuse:
             cluster.build(SHORT)
-    try:
-        cluster.build(SHORT)
-    except NameTakenError:
-        assert not platform.core.scheduler.options.reuse_finished_names
-    else:
-        assert cluster.wait_for_workers(timeout=10) == 1
-    cluster.shut_down()
+            assert cluster.wait_for_workers(timeout=10) == 1
+        else:
+            with pytest.raises(NameTakenError, match="Use another cluster_name"):
+                cluster.build(SHORT)
 
 
 # -- faults on the wire --------------------------------------------------------------------------------
@@ -511,6 +606,81 @@ def test_faults_while_reading_are_survived(platform, what):
         cluster.build(SHORT)
         assert cluster.wait_for_workers(timeout=10) == 1
         assert not any(fault.count for fault in platform.faults.faults)
+
+
+def unclear(status: int | None) -> Exception:
+    if status is None:
+        return TypeError("an answer that cannot be decoded")
+    if status == 0:
+        return requests.exceptions.SSLError("decryption failed")
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(f"{status}", response=response)
+
+
+@pytest.mark.parametrize("findable", [True, False])
+@pytest.mark.parametrize("status", [None, 0, 524])
+def test_unclear_answers(platform, monkeypatch, status, findable):
+    """What an answer that is no refusal may have created is looked up, and adopted or ended."""
+    cluster = make(platform)
+    cluster.add_worker_pool("test/small", None, 1)
+    client = cluster.yd_client
+
+    def carry_out(original, *request):
+        original(*request)
+        raise unclear(status)
+
+    for owner, name in (
+        (client.worker_pool_client, "provision_worker_pool"),
+        (client.work_client, "add_work_requirement"),
+    ):
+        monkeypatch.setattr(owner, name, partial(carry_out, getattr(owner, name)))
+    if findable:
+        cluster.build(SHORT)
+        assert cluster.wait_for_workers(timeout=10) == 1
+        assert calls(platform, "POST", "/workerPools/provisioned") == 2
+        cluster.shut_down()
+    else:
+        finding, failed = cluster._platform.find_pool, []
+
+        def find(namespace, name, operation):
+            if name in failed:
+                return finding(namespace, name, operation)
+            failed.append(name)
+            raise PlatformError("could not look")
+
+        monkeypatch.setattr(cluster._platform, "find_pool", find)
+        with pytest.raises(PlatformError, match="could not look"):
+            cluster.build(SHORT)
+    assert_nothing_left(platform)
+
+
+def test_two_builds_of_one_name(platform, monkeypatch):
+    """Of two builds of one name, the one whose answers are lost does not take the other's for its own."""
+    with make(platform) as other:
+        other.build(SHORT)
+        before = books(platform)
+        second = make(platform)
+        # As it is where this build began before the other created its pools.
+        monkeypatch.setattr(second._platform, "now", lambda: datetime(2000, 1, 1, tzinfo=timezone.utc))
+        platform.faults.faults = [
+            Fault("POST", "/provisioned", 503, 1),
+            Fault("POST", "/work/requirements", 503, 1),
+        ]
+        with pytest.raises(NameTakenError):
+            second.build(SHORT)
+        assert books(platform) == before
+        assert other.wait_for_workers() == 0
+
+
+def test_a_build_is_recognised_by_time_where_nothing_is_tagged():
+    """A platform that does not give tags back leaves the time of creation to go by."""
+    build = Build("f00", datetime(2026, 1, 2, tzinfo=timezone.utc))
+    assert build.made("f00", None)
+    assert not build.made("bar", datetime(2026, 1, 3, tzinfo=timezone.utc))
+    assert build.made(None, datetime(2026, 1, 3, tzinfo=timezone.utc))
+    assert not build.made(None, datetime(2026, 1, 1, tzinfo=timezone.utc))
+    assert Build("f00").made(None, None)
 
 
 def test_retry_after_is_respected(platform, monkeypatch):
@@ -568,6 +738,58 @@ def test_failed_addition_is_taken_back(platform, path):
         assert cluster.wait_for_workers(timeout=10) == 1
 
 
+@pytest.mark.parametrize("by", ["shut_down", "name", "id", "its state"])
+def test_addition_that_cannot_be_taken_back(platform, by):
+    """What is left of a failed addition is in the state, can be removed, and is shut down with the rest."""
+    cluster = make(platform)
+    cluster.build(SHORT)
+    platform.faults.faults = [
+        Fault("POST", "/taskGroups/.*/tasks", 403, 10**6),
+        Fault("PUT", "/transition/TERMINATED", 500, 10**6),
+        Fault("DELETE", "/workerPools/", 500, 10**6),
+    ]
+    with pytest.raises(CredentialsError, match=r"(?s)could not all be taken back.*demo-01-wrkrs"):
+        cluster.add_worker_pool("test/small", None, 1, "mine")
+    platform.faults.faults = []
+    assert cluster.worker_pool_internal_names == []
+    state = json.loads(cluster.save_state_to_json())
+    left = next(pool for pool in state["pools"] if pool["name"] == "demo-01-wrkrs")
+    assert "demo-01-wrkrs" in books(platform)["pools"]
+    with pytest.raises(SpecError, match="already is a worker pool 'mine'"):
+        cluster.add_worker_pool("test/small", None, 1, "mine")
+    if by in ("name", "id"):
+        if by == "name":
+            cluster.remove_worker_pool_by_internal_name("mine")
+        else:
+            cluster.remove_worker_pool(left["id"])
+        assert books(platform)["pools"] == ["demo-00-head"]
+        cluster.add_worker_pool("test/small", None, 1, "mine")
+    elif by == "its state":
+        shut_down_by_proxy(platform, json.dumps(state))
+    cluster.shut_down()
+    assert_nothing_left(platform)
+
+
+def test_interrupt_as_an_addition_ends(platform, monkeypatch):
+    """Ctrl-C between the last call of an addition and its return, and again while it is taken back."""
+    cluster = make(platform)
+    cluster.build(SHORT)
+    adding = assembly.Assembly.add
+
+    def interrupted(*args):
+        adding(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly.Assembly, "add", interrupted)
+        patch.setattr(assembly, "take_back", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cluster.add_worker_pool("test/small", None, 1)
+    assert "demo-01-wrkrs" in books(platform)["pools"]
+    cluster.shut_down()
+    assert_nothing_left(platform)
+
+
 @pytest.mark.parametrize("what", [500, "before", "after"])
 def test_group_is_appended_once(platform, what):
     """A lost answer to the change of the work requirement adds the group neither twice nor not at all."""
@@ -593,7 +815,12 @@ def test_rollback_that_fails_says_so(platform):
     assert books(platform)["compute"] == ["demo-00-head"]
     with pytest.raises(ClusterStateError, match="being shut down"):
         cluster.build()
+    state = cluster.save_state_to_json()
+    assert [pool["name"] for pool in json.loads(state)["pools"]] == ["demo-00-head"]
+    # That was cancelled, and is not named any more.
+    assert json.loads(state)["work_requirement_id"] is None
     platform.faults.faults = []
+    shut_down_by_proxy(platform, state)
     cluster.shut_down()
     assert_nothing_left(platform)
 
@@ -711,17 +938,18 @@ def test_proxy_when_part_is_gone(platform):
     cluster.shut_down()
 
 
-def test_proxy_of_a_stranger(platform, caplog):
-    """A platform that knows nothing of the cluster is no error, but is told: the key may be the wrong one."""
-    state = {
-        "cluster_name": "gone",
-        "cluster_namespace": "test",
-        "cluster_tag": None,
-        "work_requirement_id": "ydid:workreq:000000:00000000-0000-0000-0000-00000000dead",
-        "worker_pool_ids": ["ydid:wrkrpool:000000:00000000-0000-0000-0000-00000000dead"],
-    }
-    shut_down_by_proxy(platform, json.dumps(state), yd_platform_api_url=platform.url)
-    assert "belongs to another account" in caplog.text
+def test_proxy_of_a_stranger(platform):
+    """A platform that knows nothing at all of the cluster has ended nothing, however often it is asked."""
+    with make(platform) as cluster, serve() as other:
+        cluster.build(SHORT)
+        before = books(platform)
+        proxy = RayDogClusterProxy(KEY_ID, SECRET, other.url)
+        proxy.load_saved_state_from_json(cluster.save_state_to_json())
+        host = other.url.removeprefix("http://")
+        for _ in range(2):
+            with pytest.raises(StateError, match=f"{host} knows nothing of the cluster demo .* API URL"):
+                proxy.shut_down()
+        assert books(platform) == before
 
 
 def test_proxy_with_a_wrong_key(platform):
@@ -772,6 +1000,103 @@ def test_faults_while_shutting_down_are_survived(platform, what):
     cluster.shut_down()
     assert not any(fault.count for fault in platform.faults.faults)
     assert_nothing_left(platform)
+
+
+def test_the_nodes_go_before_the_tasks(platform, monkeypatch):
+    """Removing a pool ends its nodes first, and cancels its tasks for so long as there is time."""
+    monkeypatch.setattr(assembly, "CANCEL_SECONDS", 0.5)
+    with make(platform) as cluster:
+        cluster.add_worker_pool("test/small", None, 60, "big")
+        cluster.build(SHORT)
+        cluster.wait_for_workers(timeout=10)
+        seen = []
+
+        def slow(task_id, operation):
+            seen.append(books(platform)["compute"])
+            time.sleep(0.2)
+
+        monkeypatch.setattr(cluster._platform, "cancel_task", slow)
+        began = time.monotonic()
+        cluster.remove_worker_pool_by_internal_name("big")
+        assert time.monotonic() - began < 5
+        assert 0 < len(seen) < 60
+        assert all(compute == ["demo-00-head"] for compute in seen)
+
+
+def test_no_pool_has_the_id_none(platform):
+    """A pool that is not built yet has no id, so that None is none's."""
+    cluster = make(platform)
+    cluster.add_worker_pool("test/small", None, 1)
+    assert cluster.get_worker_pool_internal_name_by_id(None) is None
+    with pytest.raises(ClusterStateError, match="id None"):
+        cluster.remove_worker_pool(None)
+    assert cluster.worker_pool_internal_names == ["worker-nodes-01"]
+
+
+@pytest.mark.parametrize("status", ["TERMINATING", "RUNNING"])
+def test_instances_that_are_slow_to_go(platform, monkeypatch, caplog, status):
+    """Instances that are still terminating when the time is over are told of; others are an error."""
+    cluster = make(platform)
+    cluster.build(SHORT)
+    compute = cluster._platform.compute
+
+    def slow(identifier, operation):
+        found = compute(identifier, operation)
+        found.status = ComputeRequirementStatus[status]
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster._platform, "compute", slow)
+        if status == "TERMINATING":
+            cluster.shut_down()
+            assert "instances of the worker pool demo-00-head" in caplog.text
+            assert "still terminating" in caplog.text
+        else:
+            with pytest.raises(TeardownError, match=r"demo-00-head .* compute requirement is RUNNING"):
+                cluster.shut_down()
+    cluster.shut_down()
+
+
+def test_shut_down_within_shut_down(platform, monkeypatch):
+    """A signal handler may shut a cluster down that is being shut down already."""
+    cluster = make(platform)
+    cluster.build(SHORT)
+    verify, nested = teardown._verify, []
+
+    def handled(*args):
+        if not nested:
+            nested.append(True)
+            cluster.shut_down()
+        return verify(*args)
+
+    monkeypatch.setattr(teardown, "_verify", handled)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(cluster.shut_down).result(20)
+
+
+@pytest.mark.parametrize("by", ["itself", "its state"])
+def test_interrupted_shut_down_says_what_may_run(platform, monkeypatch, caplog, by):
+    """Ctrl-C while a cluster is shut down leaves a line that says what may still run, and what to do."""
+    cluster = make(platform)
+    cluster.build(SHORT)
+    proxy = RayDogClusterProxy(KEY_ID, SECRET)
+    proxy.load_saved_state_from_json(cluster.save_state_to_json())
+    with monkeypatch.context() as patch:
+        patch.setattr(teardown, "_verify", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            (cluster if by == "itself" else proxy).shut_down()
+    (error,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "worker pool demo-00-head" in error.getMessage()
+    assert "raydog shut-down" in error.getMessage()
+    cluster.shut_down()
+
+
+def test_any_tag(platform):
+    """A tag that the platform takes is not refused by us."""
+    with make(platform, cluster_tag="My Team/Tag") as cluster:
+        cluster.build(SHORT)
+        work = cluster.yd_client.work_client.get_work_requirement_by_id(cluster.work_requirement_id)
+        assert work.tag == "My Team/Tag"
 
 
 def test_somebody_else_was_faster(platform):
@@ -854,6 +1179,35 @@ def test_token_that_somebody_changed_stays(platform):
         cluster.build(SHORT)
         os.environ["RAY_AUTH_TOKEN"] = "changed"
     assert os.environ["RAY_AUTH_TOKEN"] == "changed"
+
+
+def test_ray_keeps_no_cluster_from_being_ended(platform, monkeypatch):
+    """The token is taken back when everything has been ended, and no failure of Ray's gets in the way."""
+    seen = []
+
+    def fail(token):
+        seen.append(books(platform))
+        raise RuntimeError("the head is gone")
+
+    monkeypatch.setattr(ray_auth, "deactivate", fail)
+    cluster = make(platform)
+    cluster.build(SHORT)
+    cluster.shut_down()
+    assert seen == [{"work": [], "pools": [], "compute": []}]
+
+
+def test_ray_keeps_no_cluster_from_being_built(platform, monkeypatch):
+    """Where Ray cannot be given the token, the cluster is built nevertheless."""
+    monkeypatch.setattr(ray_auth, "activate", lambda token: 1 / 0)
+    with make(platform) as cluster:
+        assert cluster.build(SHORT)[0] == cluster.head_node_private_ip
+
+
+def test_the_token_is_not_shown(platform):
+    """Nothing that a log or a debugger shows of a cluster has its token in it."""
+    with make(platform) as cluster:
+        cluster.build(SHORT)
+        assert cluster._token not in repr(cluster._assembly)
 
 
 def test_no_token(platform):

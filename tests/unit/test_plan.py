@@ -34,7 +34,7 @@ def test_names():
 
 def test_pool_request():
     """A pool's request carries everything that was asked for, and its worker tag is its name."""
-    usage, properties = plan.pool_request(CLUSTER, WORKERS, None)
+    usage, properties = plan.pool_request(CLUSTER, WORKERS, None, "f00")
     assert Json.dump(usage) == {
         "templateId": "ns/tpl",
         "requirementName": "ray-07-wrkrs",
@@ -43,7 +43,7 @@ def test_pool_request():
         "targetInstanceCount": 2500,
         "imagesId": "ami-1",
         "userData": "#cloud",
-        "instanceTags": {"a": "B"},
+        "instanceTags": {"a": "B", "raydog-build": "f00"},
         "maintainInstanceCount": False,
     }
     assert properties.workerTag == "ray-07-wrkrs"
@@ -54,18 +54,16 @@ def test_pool_request():
 
 @pytest.mark.parametrize("pool", [HEAD, WATCH, WORKERS], ids=lambda pool: pool.role)
 def test_no_idle_shutdown_while_waiting(pool):
-    """No pool ends because it is idle; only workers' nodes are given back, and only after half an hour."""
-    _, properties = plan.pool_request(CLUSTER, pool, None)
+    """No pool ends because it is idle; a node that has no task is given back, but only after half an hour."""
+    _, properties = plan.pool_request(CLUSTER, pool, None, "f00")
     assert properties.idlePoolShutdown.enabled is False
-    if pool.role == "worker":
-        assert properties.idleNodeShutdown.timeout >= timedelta(minutes=30)
-    else:
-        assert properties.idleNodeShutdown.enabled is False
+    assert properties.idleNodeShutdown.enabled is True
+    assert properties.idleNodeShutdown.timeout == timedelta(minutes=30)
 
 
 def test_lifetime_is_the_platforms():
     """A lifetime is set on the compute at its creation, and on the tasks."""
-    usage, _ = plan.pool_request(CLUSTER, HEAD, timedelta(hours=3))
+    usage, _ = plan.pool_request(CLUSTER, HEAD, timedelta(hours=3), "f00")
     assert (usage.autoShutdown.enabled, usage.autoShutdown.timeout) == (True, timedelta(hours=3))
     group = plan.task_group(CLUSTER, HEAD, timedelta(hours=3))
     assert group.runSpecification.taskTimeout == timedelta(hours=3)
@@ -100,13 +98,23 @@ def test_head_is_never_run_again():
 
 def test_work_requirement():
     """There is one group for each pool, found by its name."""
-    requirement = plan.work_requirement(CLUSTER, [HEAD, WATCH, WORKERS], None)
+    requirement = plan.work_requirement(CLUSTER, [HEAD, WATCH, WORKERS], None, "f00")
     assert (requirement.name, requirement.namespace, requirement.tag) == ("ray", "ns", "team")
     assert [group.name for group in requirement.taskGroups] == [
         "head-node",
         "observability-node",
         "worker-nodes-07",
     ]
+    # The head's group bears the build's id, by which it is recognised.
+    assert [group.tag for group in requirement.taskGroups] == ["f00", "team", "team"]
+
+
+def test_no_secret_is_shown():
+    """What a user's script or user data holds is not in any repr."""
+    node = NodeSpec(template="ns/tpl", script="export KEY=hidden-1", userdata="#cloud hidden-2")
+    pool = plan.head_pool(ClusterSpec(name="ray", namespace="ns", head=node), "hidden-3")
+    assert "hidden" not in repr(pool)
+    assert "ns/tpl" in repr(pool)
 
 
 def test_tasks_come_in_batches_with_names():

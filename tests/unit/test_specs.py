@@ -25,6 +25,12 @@ def cluster(**changes) -> RayDogCluster:
     return RayDogCluster(**{**GOOD, **changes})
 
 
+@pytest.mark.parametrize("tag", ["My-Tag", "cost centre: 7", "x", "t" * 200, "Überall"])
+def test_any_printable_tag(tag):
+    """A tag is limited in its length alone."""
+    assert cluster(cluster_tag=tag)._spec.tag == tag
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -38,7 +44,8 @@ def cluster(**changes) -> RayDogCluster:
         ({"cluster_namespace": ""}, "cluster_namespace"),
         ({"cluster_namespace": "n" * 61}, "cluster_namespace: .* has 61 characters"),
         ({"cluster_tag": "t" * 201}, "cluster_tag: the tag has 201 characters"),
-        ({"cluster_tag": "Not A Tag"}, "cluster_tag"),
+        ({"cluster_tag": " "}, "cluster_tag: a tag has to consist of printable characters"),
+        ({"cluster_tag": "a\nb"}, "cluster_tag"),
         ({"cluster_lifetime": timedelta(0)}, "cluster_lifetime: .* not longer than zero"),
         ({"cluster_lifetime": timedelta(seconds=-1)}, "cluster_lifetime"),
         ({"head_node_compute_requirement_template_id": "only-a-name"}, "neither a template's YDID"),

@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from yellowdog_ray.errors import ClusterStateError, StateError
+from yellowdog_ray.errors import ClusterStateError, SpecError, StateError
 from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
 from yellowdog_ray.raydog.state import ClusterState, PoolState
 
@@ -33,6 +33,24 @@ def test_legacy_state_loads():
     assert state.api_url is None
     written = json.loads(state.to_json())
     assert {key: written[key] for key in LEGACY} == LEGACY
+
+
+POOL = {
+    "name": "a-00-head",
+    "role": "head",
+    "group": "head-node",
+    "internal_name": "head-node",
+    "node_count": 1,
+}
+
+
+def test_legacy_namespace_is_kept_and_not_used():
+    """Where nothing has to be looked up by name, any namespace is as good as another."""
+    text = json.dumps({**LEGACY, "cluster_namespace": "My.Space/../x"})
+    assert ClusterState.from_json(text).cluster_namespace == "My.Space/../x"
+    proxy = RayDogClusterProxy("key", "secret")
+    proxy.load_saved_state_from_json(text)
+    assert proxy._targets.namespace is None
 
 
 def test_legacy_phantom_pool_is_left_out():
@@ -86,7 +104,8 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         (json.dumps({**LEGACY, "work_requirement_id": "../../keyrings"}), "work_requirement_id"),
         (json.dumps({**LEGACY, "worker_pool_ids": ["ydid:wrkrpool:1/../../x"]}), "worker_pool_ids"),
         (json.dumps({**LEGACY, "worker_pool_ids": "ydid:wrkrpool:1"}), "worker_pool_ids"),
-        (json.dumps({**LEGACY, "cluster_namespace": "../x"}), "cluster_namespace"),
+        (json.dumps({**LEGACY, "cluster_namespace": "../x", "pools": [POOL]}), "cluster_namespace"),
+        (json.dumps({**LEGACY, "build_id": "../x"}), "build_id"),
         (json.dumps({**LEGACY, "api_url": "http://evil.example"}), "unprotected"),
     ],
 )
@@ -94,6 +113,23 @@ def test_what_is_no_state_is_refused(text, message):
     """A state that is none, or that would send the key or a call elsewhere, gets a clear error."""
     with pytest.raises(StateError, match=message):
         RayDogClusterProxy("key", "secret").load_saved_state_from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("k", None), "yd_application_key_secret"),
+        (("k", 31337), "yd_application_key_secret"),
+        ((None, "s"), "yd_application_key_id"),
+        ((31337, "s"), "yd_application_key_id"),
+        (("k", "s", 31337), "yd_platform_api_url"),
+    ],
+)
+def test_proxy_refuses_what_is_no_key(arguments, named):
+    """What cannot be an application key is refused in words that do not repeat it."""
+    with pytest.raises(SpecError, match=named) as caught:
+        RayDogClusterProxy(*arguments)
+    assert "31337" not in str(caught.value)
 
 
 def test_file_errors(tmp_path):

@@ -6,7 +6,9 @@ that all tasks, the workers' too, are submitted then; worker scripts wait for th
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,18 +17,24 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from yellowdog_ray.errors import BuildError, BuildTimeoutError, RayDogError, TeardownError
+from yellowdog_ray.errors import (
+    BuildError,
+    BuildTimeoutError,
+    ClusterStateError,
+    RayDogError,
+    TeardownError,
+)
 from yellowdog_ray.raydog import plan
 from yellowdog_ray.raydog.plan import PoolPlan
-from yellowdog_ray.raydog.platform import Begun, Platform, group_ids, is_our_work_requirement, task_failure
+from yellowdog_ray.raydog.platform import Build, Platform, group_ids, task_failure
 from yellowdog_ray.raydog.specs import ClusterSpec
 from yellowdog_ray.raydog.teardown import PoolTarget, Targets, tear_down
-from yellowdog_ray.raydog.transport import Operation, Pause
+from yellowdog_ray.raydog.transport import CONNECT_TIMEOUT, READ_TIMEOUT, Operation, Pause
 
 if TYPE_CHECKING:
     from yellowdog_client.model import Node, Task
 
-__all__ = ["Assembly", "BuiltPool", "cancel_tasks"]
+__all__ = ["Assembly", "BuiltPool", "Crew", "add_note", "cancel_tasks", "take_back"]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +45,10 @@ _T = TypeVar("_T")
 SETTLE_SECONDS = 0.15
 # How long a registered node may be without a private address before that is an error.
 _ADDRESS_SECONDS = 60.0
+# How long the tasks of a removed pool are being cancelled.
+CANCEL_SECONDS = 30.0
+# No call that is under way takes longer.
+_CALL_SECONDS = CONNECT_TIMEOUT + READ_TIMEOUT + 5.0
 
 
 @dataclass
@@ -61,7 +73,7 @@ class BuiltPool:
         return PoolTarget(self.plan.name, self.id, self.compute_requirement_id)
 
 
-class _Crew:
+class Crew:
     """Calls of one operation that run in parallel; the first that fails ends the wait for all."""
 
     def __init__(self, platform: Platform, operation: Operation) -> None:
@@ -70,15 +82,17 @@ class _Crew:
         self._futures: list[Future[Any]] = []
 
     def start(self, function: Callable[[], _T]) -> Future[_T]:
+        self._check_stopped()
         future = self._platform.submit(function)
         self._futures.append(future)
         return future
 
     def check(self) -> None:
-        """Raise the failure of a call that has failed."""
+        """Raise the failure of a call that has failed, or that somebody has stopped them."""
         for future in self._futures:
             if future.done() and not future.cancelled() and (error := future.exception()) is not None:
                 raise error
+        self._check_stopped()
 
     def result(self, future: Future[_T], what: str) -> _T:
         """Wait for a call, but no longer than until any one fails or the operation's time is over."""
@@ -101,52 +115,99 @@ class _Crew:
         self.operation.cancel()
         for future in self._futures:
             future.cancel()
-        wait(self._futures)
+        wait(self._futures, timeout=_CALL_SECONDS)
+
+    def _check_stopped(self) -> None:
+        if self.operation.cancelled.is_set():
+            raise ClusterStateError("it was stopped: the cluster is being shut down")
 
 
 @dataclass
 class Assembly:
     """A cluster, as far as it has come into being on the platform.
 
+    It takes nothing back by itself: whoever calls it does, whatever it is ended by, from :meth:`targets`.
+
     :param token: the cluster's Ray token; None where Ray's authentication is off.
-    :param left_over: what a failed build could not take back.
+    :param made: how what it has created is recognised.
     """
 
     platform: Platform
     cluster: ClusterSpec
-    token: str | None
+    token: str | None = field(repr=False)
     head: BuiltPool
     observability: BuiltPool | None
     work_requirement_id: str | None = None
-    left_over: Targets | None = None
-    _requirement_lock: threading.Lock = field(default_factory=threading.Lock)
+    made: Build = field(default_factory=lambda: Build(secrets.token_hex(8)))
+    _requirement_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _crews: list[Crew] = field(default_factory=list, repr=False)
+
+    # -- what there is to end --------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Let no call be started any more, and wait for those that are under way.
+
+        What they create is known then; of a call that is waited for in vain, at least the name is.
+        """
+        crews = list(self._crews)
+        for crew in crews:
+            crew.operation.cancel()
+        for crew in crews:
+            crew.stop()
+
+    def exists(self, pool: BuiltPool) -> bool:
+        """Tell whether there may be something of a pool on the platform."""
+        return pool.id is not None or pool.plan.name in self.made.sent
+
+    def targets(self, workers: Iterable[BuiltPool]) -> Targets:
+        """List what has been created, and what may have been by calls whose answers never came."""
+        pools = [pool for pool in (self.head, self.observability, *workers) if pool is not None]
+        return Targets(
+            self.cluster.namespace,
+            self.work_requirement_id,
+            self.cluster.name
+            if self.work_requirement_id is None and self.cluster.name in self.made.sent
+            else None,
+            self.made,
+            [pool.target() for pool in pools if self.exists(pool)],
+        )
+
+    def pool_targets(self, pool: BuiltPool) -> Targets:
+        """List what there is of one pool."""
+        pools = [pool.target()] if self.exists(pool) else []
+        return Targets(self.cluster.namespace, build=self.made, pools=pools)
+
+    def check_running(self) -> None:
+        """Raise where somebody has stopped it."""
+        for crew in self._crews:
+            crew.check()
+
+    def crew(self, operation: Operation) -> Crew:
+        """Open an operation, which :meth:`settle` can stop from now on."""
+        crew = Crew(self.platform, operation)
+        self._crews.append(crew)
+        return crew
 
     # -- building --------------------------------------------------------------------------------------
 
-    def build(self, workers: Sequence[BuiltPool], operation: Operation) -> None:
+    def build(self, workers: Sequence[BuiltPool], crew: Crew) -> None:
         """Create everything and return when the head's task executes.
 
-        :raises RayDogError: what went wrong; what had been created has been taken back.
+        :raises RayDogError: what went wrong.
         """
         special = [self.head] if self.observability is None else [self.head, self.observability]
-        pools = [*special, *workers]
-        crew = _Crew(self.platform, operation)
-        self._check_templates(pools, crew)
-        begun = Begun(self.platform.now())
+        operation = crew.operation
+        self._check_templates([*special, *workers], crew)
+        # The platform's clock is known now, and nothing has been created yet.
+        self.made.begun = self.platform.now()
         try:
-            self._build(special, workers, crew, operation, begun)
-        except BaseException as error:
-            # Noted first, so that nothing is forgotten when a second Ctrl-C ends the taking back.
-            self.left_over = self._targets(pools, begun)
-            crew.stop()
-            self.left_over = self._targets(pools, begun)
-            if take_back(self.platform, self.left_over, error):
-                self.left_over = None
-            if operation.expired and isinstance(error, RayDogError) and not isinstance(error, BuildError):
+            self._build(special, workers, crew, operation)
+        except RayDogError as error:
+            if operation.expired and not isinstance(error, BuildError):
                 raise BuildTimeoutError(f"{operation.elapsed:.1f} s were not enough: {error}") from error
             raise
 
-    def _check_templates(self, pools: Iterable[BuiltPool], crew: _Crew) -> None:
+    def _check_templates(self, pools: Iterable[BuiltPool], crew: Crew) -> None:
         operation = crew.operation
         templates = sorted({pool.plan.node.template for pool in pools})
         for template in templates:
@@ -157,24 +218,23 @@ class Assembly:
         self,
         special: list[BuiltPool],
         workers: Sequence[BuiltPool],
-        crew: _Crew,
+        crew: Crew,
         operation: Operation,
-        begun: Begun,
     ) -> None:
         lifetime = self.cluster.lifetime
         plans = [pool.plan for pool in (*special, *workers)]
-        provisioning = [crew.start(self._provisioner(pool, lifetime, begun, operation)) for pool in special]
+        provisioning = [crew.start(self._provisioner(pool, lifetime, operation)) for pool in special]
 
         def add_requirement() -> dict[str, str]:
             requirement = self.platform.create_work_requirement(
-                self.cluster, plans, lifetime, begun, operation
+                self.cluster, plans, lifetime, self.made, operation
             )
             self.work_requirement_id = requirement.id
             return group_ids(requirement)
 
         adding = crew.start(add_requirement)
         for pool in workers:
-            crew.start(self._provisioner(pool, lifetime, begun, operation))
+            crew.start(self._provisioner(pool, lifetime, operation))
 
         for future in provisioning:
             crew.result(future, "the head node's pool has not been provisioned")
@@ -190,15 +250,14 @@ class Assembly:
         self._await_executing(special, crew, operation)
         crew.finish("not all worker pools have been provisioned and given their tasks")
 
-    def add(self, pool: BuiltPool, lifetime: timedelta | None, operation: Operation) -> None:
+    def add(self, pool: BuiltPool, lifetime: timedelta | None, crew: Crew) -> None:
         """Add a worker pool to a cluster that is built; it returns when its tasks are submitted.
 
         :param lifetime: what is left of the cluster's lifetime.
-        :raises RayDogError: what went wrong; what had been created has been taken back.
+        :raises RayDogError: what went wrong.
         """
-        crew = _Crew(self.platform, operation)
+        operation = crew.operation
         self._check_templates([pool], crew)
-        begun = Begun(self.platform.now())
         requirement_id = str(self.work_requirement_id)
 
         def append_group() -> None:
@@ -208,36 +267,29 @@ class Assembly:
                 pool.group_id = self.platform.add_task_group(requirement_id, group, operation).id
             self._submitter(pool, operation)()
 
-        try:
-            crew.start(self._provisioner(pool, lifetime, begun, operation))
-            crew.start(append_group)
-            crew.finish(f"the worker pool {pool.plan.name} has not been added")
-        except BaseException as error:
-            crew.stop()
-            cancel_tasks(self.platform, pool)
-            targets = Targets(self.cluster.namespace, pools=_pool_targets([pool], begun))
-            take_back(self.platform, targets, error)
-            raise
+        crew.start(self._provisioner(pool, lifetime, operation))
+        crew.start(append_group)
+        crew.finish(f"the worker pool {pool.plan.name} has not been added")
 
-    def discard(self, pool: BuiltPool, error: BaseException) -> None:
-        """Take a worker pool back that was added, but came too late."""
+    def discard(self, pool: BuiltPool, crew: Crew, error: BaseException) -> bool:
+        """Take a worker pool back that could not be added, or came too late.
+
+        :param crew: that of its addition, which is stopped.
+        :returns: whether all of it was taken back.
+        """
+        crew.stop()
+        gone = take_back(self.platform, self.pool_targets(pool), error)
         cancel_tasks(self.platform, pool)
-        take_back(self.platform, Targets(self.cluster.namespace, pools=[pool.target()]), error)
-
-    def _targets(self, pools: Sequence[BuiltPool], begun: Begun) -> Targets:
-        """List what has been created, and what may have been by calls whose answers were lost."""
-        targets = Targets(self.cluster.namespace, self.work_requirement_id, pools=_pool_targets(pools, begun))
-        if self.work_requirement_id is None and self.cluster.name in begun.unanswered:
-            groups = frozenset(pool.plan.group for pool in pools)
-            targets.work_requirement_name = self.cluster.name
-            targets.is_our_work = lambda found: is_our_work_requirement(found, groups, self.cluster, begun.at)
-        return targets
+        if gone:
+            with contextlib.suppress(ValueError):
+                self._crews.remove(crew)
+        return gone
 
     def _provisioner(
-        self, pool: BuiltPool, lifetime: timedelta | None, begun: Begun, operation: Operation
+        self, pool: BuiltPool, lifetime: timedelta | None, operation: Operation
     ) -> Callable[[], None]:
         def provision() -> None:
-            created = self.platform.create_pool(self.cluster, pool.plan, lifetime, begun, operation)
+            created = self.platform.create_pool(self.cluster, pool.plan, lifetime, self.made, operation)
             pool.id, pool.compute_requirement_id = created.id, created.computeRequirementId
             log.info("Provisioned the worker pool %s (%s)", pool.plan.name, pool.id)
 
@@ -262,7 +314,7 @@ class Assembly:
 
     # -- waiting ---------------------------------------------------------------------------------------
 
-    def _await_nodes(self, pools: list[BuiltPool], crew: _Crew, operation: Operation) -> None:
+    def _await_nodes(self, pools: list[BuiltPool], crew: Crew, operation: Operation) -> None:
         """Wait until every special node has registered and told its addresses."""
         pause = Pause(operation)
         checks = _Checks()
@@ -293,7 +345,7 @@ class Assembly:
                     )
                 pause.sleep()
 
-    def _await_executing(self, pools: list[BuiltPool], crew: _Crew, operation: Operation) -> None:
+    def _await_executing(self, pools: list[BuiltPool], crew: Crew, operation: Operation) -> None:
         """Wait until every special node's task executes, and is still there a moment later."""
         pause = Pause(operation)
         checks = _Checks()
@@ -354,27 +406,18 @@ class _Checks:
         return True
 
 
-def _pool_targets(pools: Iterable[BuiltPool], begun: Begun) -> list[PoolTarget]:
-    targets = []
-    for pool in pools:
-        target = pool.target()
-        if pool.id is None:
-            if pool.plan.name not in begun.unanswered:
-                continue
-            target.planned, target.since = pool.plan, begun.at
-        targets.append(target)
-    return targets
-
-
 def _active(nodes: Iterable[Node]) -> Node | None:
     return next((node for node in nodes if node.status is None or node.status.active), None)
 
 
 def cancel_tasks(platform: Platform, pool: BuiltPool) -> None:
-    """Abort a pool's tasks. What cannot be aborted ends with its node, so that it is no error."""
+    """Cancel the tasks of a pool whose nodes have been ended, so that they wait for no others.
+
+    What cannot be cancelled in time costs nothing, so that it is no error.
+    """
     if pool.group_id is None:
         return
-    operation = Operation(30.0)
+    operation = Operation(CANCEL_SECONDS)
     try:
         tasks = platform.tasks(pool.group_id, operation)
         unfinished = [task.id for task in tasks if task.id and not (task.status and task.status.finished)]
@@ -383,10 +426,15 @@ def cancel_tasks(platform: Platform, pool: BuiltPool) -> None:
             future.result()
     except RayDogError as error:
         log.warning("Could not list the tasks of %s to cancel them: %s", pool.plan.group, error)
+    except BaseException:
+        operation.cancel()
+        raise
 
 
 def _canceller(platform: Platform, task_id: str, operation: Operation) -> Callable[[], None]:
     def cancel() -> None:
+        if operation.expired or operation.cancelled.is_set():
+            return
         try:
             platform.cancel_task(task_id, operation)
         except RayDogError as error:
@@ -400,6 +448,8 @@ def take_back(platform: Platform, targets: Targets, error: BaseException) -> boo
 
     :returns: whether everything was.
     """
+    if not targets.pools and targets.work_requirement is None:
+        return True
     log.info("Taking back what has been created, because of: %s", error or type(error).__name__)
     try:
         tear_down(platform, targets)

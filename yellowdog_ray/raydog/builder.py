@@ -18,15 +18,14 @@ from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pydantic import SecretStr
-from typing_extensions import Self
-
 from yellowdog_ray.errors import ClusterStateError, SpecError, TeardownError
 from yellowdog_ray.raydog import plan, ray_auth
-from yellowdog_ray.raydog.assembly import Assembly, BuiltPool, add_note, cancel_tasks
+from yellowdog_ray.raydog.assembly import Assembly, BuiltPool, add_note, cancel_tasks, take_back
 from yellowdog_ray.raydog.platform import Platform
+from yellowdog_ray.raydog.proxy import RayDogClusterProxy
 from yellowdog_ray.raydog.scripts import get_script
 from yellowdog_ray.raydog.specs import (
+    CREDENTIAL_PARAMETERS,
     DEFAULT_API_URL,
     ClusterSpec,
     Credentials,
@@ -38,7 +37,7 @@ from yellowdog_ray.raydog.specs import (
     make,
 )
 from yellowdog_ray.raydog.state import ClusterState, PoolState
-from yellowdog_ray.raydog.teardown import PoolTarget, Targets, tear_down
+from yellowdog_ray.raydog.teardown import Targets, tear_down
 from yellowdog_ray.raydog.transport import Operation
 from yellowdog_ray.raydog.waiting import wait_for_workers
 
@@ -86,11 +85,6 @@ _CLUSTER_PARAMETERS = {
     "namespace": "cluster_namespace",
     "tag": "cluster_tag",
     "lifetime": "cluster_lifetime",
-}
-_CREDENTIAL_PARAMETERS = {
-    "key_id": "yd_application_key_id",
-    "key_secret": "yd_application_key_secret",
-    "api_url": "yd_platform_api_url",
 }
 
 
@@ -160,7 +154,7 @@ class RayDogCluster:
         self._phase = _Phase.NEW
         self._credentials = make(
             Credentials,
-            _CREDENTIAL_PARAMETERS,
+            CREDENTIAL_PARAMETERS,
             key_id=yd_application_key_id,
             key_secret=yd_application_key_secret,
             api_url=yd_platform_api_url,
@@ -205,11 +199,17 @@ class RayDogCluster:
         self._token = secrets.token_hex(32) if ray_auth == "token" else None
         self._platform = Platform(self._credentials)
         self._lock = threading.RLock()
-        self._ending = threading.Lock()
-        # Worker pools by internal name, in the order in which they were added. Those that are being
-        # added have their names reserved.
+        # Reentrant, for a signal handler may call shut_down() while it is under way.
+        self._ending = threading.RLock()
+        # Held while a thread really builds: an interrupt can end build() at any line, and then the phase
+        # alone would say so for ever.
+        self._building = threading.Lock()
+        self._builder: threading.Thread | None = None
+        # Worker pools by internal name, in the order in which they were added.
         self._pools: dict[str, BuiltPool] = {}
-        self._reserved: set[str] = set()
+        # Those that are being added, and those of which a failed addition has left something: they leave
+        # when they are built, or verified as gone.
+        self._unfinished: dict[str, BuiltPool] = {}
         self._pools_counted = 0
         self._assembly: Assembly | None = None
         self._built_at = 0.0
@@ -218,7 +218,7 @@ class RayDogCluster:
     def __repr__(self) -> str:
         return f"<RayDogCluster {self._spec.namespace}/{self._spec.name}, {self._phase.value}>"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RayDogCluster:
         return self
 
     def __exit__(
@@ -342,7 +342,8 @@ class RayDogCluster:
 
         In a running cluster it returns when the pool is provisioned and its tasks are submitted; the
         workers join as their nodes come up (see :meth:`wait_for_workers`). Where it fails, what it had
-        created is taken back.
+        created is taken back; what cannot be is in the saved state, keeps its internal name, and is ended
+        by :meth:`shut_down` or when it is removed.
 
         :param worker_node_compute_requirement_template_id: a template's YDID, or ``namespace/name``.
         :param worker_node_task_script: the Bash text of the workers' tasks; None for the default script.
@@ -377,27 +378,37 @@ class RayDogCluster:
             number = self._pools_counted + 1
             planned = plan.worker_pool(self._spec, number, spec, spec.node.script or get_script("worker"))
             name = planned.internal_name
-            if name in self._pools or name in self._reserved:
+            if name in self._pools or name in self._unfinished:
                 raise SpecError(f"worker_pool_internal_name: there already is a worker pool {name!r}")
             pool = BuiltPool(planned)
             self._pools_counted = number
             if self._phase is _Phase.NEW or self._assembly is None:
                 self._pools[name] = pool
                 return None
-            self._reserved.add(name)
+            lifetime = self._lifetime_left()
+            # Before the first call, so that nothing is forgotten, whatever ends us.
+            self._unfinished[name] = pool
             cluster = self._assembly
+            crew = cluster.crew(Operation())
         try:
-            cluster.add(pool, self._lifetime_left(), Operation())
+            cluster.add(pool, lifetime, crew)
             with self._lock:
-                if self._phase is _Phase.RUNNING:
-                    self._pools[name] = pool
-                    return pool.id
-            error = ClusterStateError(f"the worker pool {name!r} was taken back: the cluster was shut down")
-            cluster.discard(pool, error)
-            raise error
-        finally:
+                if self._phase is not _Phase.RUNNING:
+                    raise ClusterStateError(
+                        f"the worker pool {name!r} is taken back: the cluster is {self._phase.value}"
+                    )
+                self._pools[name] = pool
+                del self._unfinished[name]
+            return pool.id
+        except BaseException as error:
             with self._lock:
-                self._reserved.discard(name)
+                # An interrupt that comes when it has been added takes it back too.
+                if self._pools.get(name) is pool:
+                    self._unfinished[name] = self._pools.pop(name)
+            if cluster.discard(pool, crew, error):
+                with self._lock:
+                    self._unfinished.pop(name, None)
+            raise
 
     def remove_worker_pool(self, worker_pool_id: str) -> None:
         """Remove a worker pool at once: its tasks are aborted and its nodes terminated.
@@ -407,13 +418,17 @@ class RayDogCluster:
         :raises ClusterStateError: where no worker pool of the cluster has this id.
         :raises TeardownError: where it may still be running; the call can be repeated.
         """
-        name = self.get_worker_pool_internal_name_by_id(worker_pool_id)
+        with self._lock:
+            pools = [*self._pools.items(), *self._unfinished.items()]
+        name = next((name for name, pool in pools if pool.id is not None and pool.id == worker_pool_id), None)
         if name is None:
             raise ClusterStateError(f"no worker pool of this cluster has the id {worker_pool_id!r}")
         self._remove(name)
 
     def remove_worker_pool_by_internal_name(self, internal_name: str) -> None:
         """Remove a worker pool; see :meth:`remove_worker_pool`. Before :meth:`build` it is just forgotten.
+
+        What a failed :meth:`add_worker_pool` could not take back is removed by its name too.
 
         :raises ClusterStateError: where no worker pool of the cluster has this name.
         :raises TeardownError: where it may still be running; the call can be repeated.
@@ -422,25 +437,35 @@ class RayDogCluster:
 
     def _remove(self, name: str) -> None:
         with self._lock:
-            pool = self._pools.get(name)
+            pool = self._pools.get(name) or self._unfinished.get(name)
             if pool is None:
                 known = ", ".join(repr(known) for known in self._pools) or "none"
                 raise ClusterStateError(f"this cluster has no worker pool {name!r}; it has: {known}")
             if self._phase is _Phase.NEW:
                 del self._pools[name]
                 return
-            if self._phase is not _Phase.RUNNING:
+            if self._phase is not _Phase.RUNNING or self._assembly is None:
                 raise ClusterStateError(f"no worker pool can be removed: the cluster is {self._phase.value}")
-        cancel_tasks(self._platform, pool)
-        tear_down(self._platform, Targets(self._spec.namespace, pools=[pool.target()]), until="terminating")
+            cluster = self._assembly
+        # The nodes first: they are what costs. A task of a node that is gone would wait for another one.
+        tear_down(self._platform, cluster.pool_targets(pool), until="terminating")
         with self._lock:
-            if self._pools.get(name) is pool:
-                del self._pools[name]
+            for pools in (self._pools, self._unfinished):
+                if pools.get(name) is pool:
+                    del pools[name]
+        cancel_tasks(self._platform, pool)
 
     def get_worker_pool_internal_name_by_id(self, worker_pool_id: str) -> str | None:
         """Tell a worker pool's internal name; None where the cluster has no pool of this id."""
         with self._lock:
-            return next((name for name, pool in self._pools.items() if pool.id == worker_pool_id), None)
+            return next(
+                (
+                    name
+                    for name, pool in self._pools.items()
+                    if pool.id is not None and pool.id == worker_pool_id
+                ),
+                None,
+            )
 
     # -- building, waiting, ending ---------------------------------------------------------------------
 
@@ -461,42 +486,68 @@ class RayDogCluster:
         :raises BuildTimeoutError: a :class:`TimeoutError`: where it takes too long.
         """
         timeout = check_duration(head_node_build_timeout, "head_node_build_timeout")
+        self._check_not_built()
+        with self._building:
+            built = self._assemble()
+            operation = Operation(None if timeout is None else timeout.total_seconds())
+            try:
+                with self._lock:
+                    self._builder = threading.current_thread()
+                    self._phase = _Phase.BUILDING
+                    self._assembly = built
+                    self._built_at = operation.started
+                    workers = list(self._pools.values())
+                built.build(workers, built.crew(operation))
+                with self._lock:
+                    built.check_running()
+                    self._phase = _Phase.RUNNING
+            except BaseException as error:
+                self._take_back(built, error)
+                raise
+        try:
+            self.use_ray_auth()
+        except Exception as error:
+            # The cluster is there, and its user has to get to know it.
+            log.warning("This process could not be given the cluster's Ray token: %s", error)
+        log.info("Built the cluster %s in %.1f s", self._spec.name, operation.elapsed)
+        return str(built.head.private_ip), built.head.public_ip
+
+    def _check_not_built(self) -> None:
+        if self._phase is not _Phase.NEW:
+            raise ClusterStateError(f"the cluster cannot be built: it is {self._phase.value}")
+
+    def _assemble(self) -> Assembly:
+        """Put together what is to be built; nothing is created yet."""
         with self._lock:
-            if self._phase is not _Phase.NEW:
-                raise ClusterStateError(f"the cluster cannot be built: it is {self._phase.value}")
+            self._check_not_built()
             head = plan.head_pool(self._spec, self._spec.head.script or get_script("head"))
             observability = None
             node = self._spec.observability
             if node is not None:
                 script = node.script or get_script("observability")
                 observability = BuiltPool(plan.observability_pool(self._spec, node, script))
-            built = Assembly(self._platform, self._spec, self._token, BuiltPool(head), observability)
-            self._phase = _Phase.BUILDING
-            self._assembly = built
-        operation = Operation(None if timeout is None else timeout.total_seconds())
-        self._built_at = operation.started
-        try:
-            built.build(list(self._pools.values()), operation)
-        except BaseException as error:
-            with self._lock:
-                self._after_failed_build(error)
-            raise
-        with self._lock:
-            self._phase = _Phase.RUNNING
-        self.use_ray_auth()
-        log.info("Built the cluster %s in %.1f s", self._spec.name, operation.elapsed)
-        return str(built.head.private_ip), built.head.public_ip
+            return Assembly(self._platform, self._spec, self._token, BuiltPool(head), observability)
 
-    def _after_failed_build(self, error: BaseException) -> None:
-        built, self._assembly = self._assembly, None
-        for name, pool in self._pools.items():
-            self._pools[name] = BuiltPool(pool.plan)
-        if built is not None and built.left_over is not None:
-            # shut_down() goes on with what could not be taken back.
-            self._targets = built.left_over
-            self._phase = _Phase.ENDING
-        else:
-            self._phase = _Phase.NEW
+    def _take_back(self, built: Assembly, error: BaseException) -> None:
+        """Take back what a build has created; where this is interrupted, shut_down() goes on with it."""
+        with self._lock:
+            if self._phase in (_Phase.BUILDING, _Phase.RUNNING):
+                self._phase = _Phase.ENDING
+            # Not where a signal handler has shut the cluster down in between.
+            ours = self._phase is _Phase.ENDING
+            workers = list(self._pools.values())
+        built.settle()
+        targets = built.targets(workers)
+        gone = take_back(self._platform, targets, error)
+        with self._lock:
+            if ours and gone:
+                self._assembly = None
+                for name, pool in self._pools.items():
+                    self._pools[name] = BuiltPool(pool.plan)
+                self._phase = _Phase.NEW
+            elif ours:
+                self._targets = targets
+        if gone:
             self._platform.close()
         log.info("The build of %s failed: %s", self._spec.name, error or type(error).__name__)
 
@@ -566,28 +617,66 @@ class RayDogCluster:
         with self._lock:
             if self._phase in (_Phase.NEW, _Phase.ENDED):
                 return
-            if self._phase is _Phase.BUILDING:
+            if self._being_built():
                 raise ClusterStateError("the cluster is being built by another thread; interrupt that one")
-            if self._phase is _Phase.RUNNING:
-                self._targets = _targets(self._state())
-                self._phase = _Phase.ENDING
-        if self._token is not None:
-            ray_auth.deactivate(self._token)
-        with self._ending:
-            if self._targets is not None:
-                tear_down(self._platform, self._targets)
+            self._phase = _Phase.ENDING
+        try:
+            with self._ending:
+                if self._phase is not _Phase.ENDED:
+                    self._end()
+        except TeardownError:
+            raise
+        except BaseException:
+            log.error(
+                "The shutting down of the cluster %s was interrupted. May still be running: %s. Call "
+                "shut_down() again, or save_state_to_json_file() and then `raydog shut-down` with that file",
+                self._spec.name,
+                str(self._targets or "") or "all of it",
+            )
+            raise
+        finally:
+            self._forget_token()
+
+    def _end(self) -> None:
+        built = self._assembly
+        if self._targets is None and built is not None:
+            built.settle()
             with self._lock:
-                self._targets = None
-                self._phase = _Phase.ENDED
-            self._platform.close()
+                workers = [*self._pools.values(), *self._unfinished.values()]
+            self._targets = built.targets(workers)
+        if self._targets is not None:
+            tear_down(self._platform, self._targets)
+        with self._lock:
+            self._targets = None
+            self._unfinished.clear()
+            self._phase = _Phase.ENDED
+        self._platform.close()
         log.info("Shut the cluster %s down", self._spec.name)
+
+    def _being_built(self) -> bool:
+        """Tell whether another thread is building the cluster, or taking its build back."""
+        return (
+            self._phase is not _Phase.RUNNING
+            and self._building.locked()
+            and self._builder is not threading.current_thread()
+        )
+
+    def _forget_token(self) -> None:
+        if self._token is None:
+            return
+        try:
+            ray_auth.deactivate(self._token)
+        except Exception as error:
+            # Nothing that Ray does may keep a cluster from being ended.
+            log.warning("The cluster's Ray token could not be taken out of this process: %s", error)
 
     # -- the saved state -------------------------------------------------------------------------------
 
     def save_state_to_json(self) -> str:
         """Write what another process needs to shut the cluster down (:class:`RayDogClusterProxy`).
 
-        It holds no secret. Pools that are added or removed later are not in it: save it again.
+        It holds no secret; after a build or a shut-down that failed, it holds what is left. Pools that are
+        added or removed later are not in it: save it again.
 
         :raises ClusterStateError: before :meth:`build`.
         """
@@ -603,104 +692,30 @@ class RayDogCluster:
 
     def _saved(self) -> ClusterState:
         with self._lock:
-            if self._assembly is None or self._phase is _Phase.BUILDING:
+            if self._assembly is None or self._being_built():
                 raise ClusterStateError(f"there is no state to save: the cluster is {self._phase.value}")
-            return self._state()
+            return self._state(self._assembly)
 
-    def _state(self) -> ClusterState:
-        pools = [
-            pool for pool in (self._head, self._observability, *self._pools.values()) if pool is not None
-        ]
+    def _state(self, built: Assembly) -> ClusterState:
+        every = (built.head, built.observability, *self._pools.values(), *self._unfinished.values())
+        pools = [pool for pool in every if pool is not None and built.exists(pool)]
+        work_requirement_id = built.work_requirement_id
+        if self._targets is not None:
+            # Something has been ended already: what is left is known better there.
+            left = {target.name: target for target in self._targets.pools}
+            pools = [pool for pool in pools if pool.plan.name in left]
+            work_requirement_id = self._targets.work_requirement_id
         return ClusterState(
             cluster_name=self._spec.name,
             cluster_namespace=self._spec.namespace,
             cluster_tag=self._spec.tag,
-            work_requirement_id=self.work_requirement_id,
+            work_requirement_id=work_requirement_id,
             worker_pool_ids=[pool.id for pool in pools if pool.id is not None],
             api_url=self._credentials.api_url,
             ray_auth=self._spec.ray_auth,
+            build_id=built.made.id,
             pools=[_pool_state(pool) for pool in pools],
         )
-
-
-class RayDogClusterProxy:
-    """A cluster that another process has built, known by its saved state: it can be shut down.
-
-    Making the object does no I/O.
-
-    :param yd_application_key_id: the id of a YellowDog application key.
-    :param yd_application_key_secret: its secret.
-    :param yd_platform_api_url: None for the one in the saved state, or else the usual one.
-    :raises SpecError: where anything of this cannot work.
-    """
-
-    def __init__(
-        self,
-        yd_application_key_id: str,
-        yd_application_key_secret: str,
-        yd_platform_api_url: str | None = None,
-    ) -> None:
-        self._key_id = yd_application_key_id
-        self._key_secret = SecretStr(yd_application_key_secret)
-        self._api_url = yd_platform_api_url
-        self._make_credentials(None)
-        self._state: ClusterState | None = None
-        self._targets: Targets | None = None
-
-    def __repr__(self) -> str:
-        name = self._state.cluster_name if self._state is not None else "nothing loaded"
-        return f"<RayDogClusterProxy, {name}>"
-
-    def _make_credentials(self, saved_url: str | None) -> Credentials:
-        return make(
-            Credentials,
-            _CREDENTIAL_PARAMETERS,
-            key_id=self._key_id,
-            key_secret=self._key_secret,
-            api_url=self._api_url or saved_url or DEFAULT_API_URL,
-        )
-
-    def load_saved_state_from_json(self, cluster_state: str) -> None:
-        """Load a state that :meth:`RayDogCluster.save_state_to_json` wrote, or the existing package's.
-
-        :raises StateError: where it is not the saved state of a cluster.
-        """
-        self._load(ClusterState.from_json(cluster_state))
-
-    def load_saved_state_from_json_file(self, file_name: str | os.PathLike[str]) -> None:
-        """Load a state file; see :meth:`load_saved_state_from_json`.
-
-        :raises StateError: where it is not the saved state of a cluster.
-        :raises OSError: where it cannot be read.
-        """
-        self._load(ClusterState.load(file_name))
-
-    def _load(self, state: ClusterState) -> None:
-        self._state = state
-        self._targets = _targets(state)
-
-    def shut_down(self) -> None:
-        """End the cluster, as :meth:`RayDogCluster.shut_down` does.
-
-        What is already gone is no error, and the call can be repeated.
-
-        :raises ClusterStateError: where no state has been loaded.
-        :raises TeardownError: where something may still be running; its ``still_running`` lists it.
-        """
-        if self._state is None or self._targets is None:
-            raise ClusterStateError("no saved state has been loaded into this proxy")
-        platform = Platform(self._make_credentials(self._state.api_url))
-        asked = len(self._targets.pools) + (self._targets.work_requirement is not None)
-        try:
-            if tear_down(platform, self._targets) == 0 and asked:
-                log.warning(
-                    "%s knows nothing of the cluster %s: it was ended long ago, or this application key "
-                    "belongs to another account",
-                    platform.host,
-                    self._state.cluster_name or "in the saved state",
-                )
-        finally:
-            platform.close()
 
 
 def _pool_state(pool: BuiltPool) -> PoolState:
@@ -712,16 +727,4 @@ def _pool_state(pool: BuiltPool) -> PoolState:
         node_count=pool.plan.node_count,
         id=pool.id,
         compute_requirement_id=pool.compute_requirement_id,
-    )
-
-
-def _targets(state: ClusterState) -> Targets:
-    """List everything that a state names, by name and id where it has both."""
-    named = {pool.id for pool in state.pools}
-    pools = [PoolTarget(pool.name, pool.id, pool.compute_requirement_id) for pool in state.pools]
-    pools += [PoolTarget(id=pool_id) for pool_id in state.worker_pool_ids if pool_id not in named]
-    return Targets(
-        namespace=state.cluster_namespace,
-        work_requirement_id=state.work_requirement_id,
-        pools=pools,
     )

@@ -6,7 +6,7 @@ The SDK is imported inside the functions, so that importing this module costs no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BUILD_TAG",
     "HEAD_GROUP",
     "MAX_ALLOCATION_RETRIES",
+    "NODE_IDLE_TIMEOUT",
     "OBSERVABILITY_GROUP",
     "TASK_BATCH",
     "TASK_TYPE",
-    "WORKER_IDLE_TIMEOUT",
     "PoolPlan",
     "Role",
     "environment",
@@ -63,11 +64,15 @@ TASK_BATCH = 1000
 # How often a worker's task is run again, on a replacement node, after its node was lost or preempted.
 MAX_ALLOCATION_RETRIES = 20
 
-# A worker node without a task is given back after this time. It is longer than any head takes to boot,
-# and even where it is not, nothing is lost: the pool itself has no idle shutdown, so that the platform
-# boots new nodes as soon as there are tasks. It is what ends the workers' nodes (and their cost) when
-# the head is gone and no client is alive to notice.
-WORKER_IDLE_TIMEOUT = timedelta(minutes=30)
+# A node without a task is given back after this time. It is longer than any head takes to boot, and even
+# where it is not, no worker is lost: the pool itself has no idle shutdown, so that the platform boots new
+# nodes as soon as there are tasks. It is what ends the nodes (and their cost) when the head is gone, or
+# its task never came, and no client is alive to notice.
+NODE_IDLE_TIMEOUT = timedelta(minutes=30)
+
+# Every build has a random id, by which it recognises what it has created although an answer was lost:
+# this instance tag of its pools, and the tag of the head's task group.
+BUILD_TAG = "raydog-build"
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class PoolPlan:
     :param name: the name of the pool, of its compute requirement, and its worker tag.
     :param group: the name of its task group.
     :param internal_name: what the user calls it.
-    :param script: the Bash text that its tasks run.
+    :param script: the Bash text that its tasks run; not in the ``repr``, for it may hold a secret.
     """
 
     role: Role
@@ -86,7 +91,7 @@ class PoolPlan:
     internal_name: str
     node: NodeSpec
     node_count: int
-    script: str
+    script: str = field(repr=False)
 
 
 def head_pool(cluster: ClusterSpec, script: str) -> PoolPlan:
@@ -123,12 +128,13 @@ def worker_pool(cluster: ClusterSpec, number: int, pool: WorkerPoolSpec, script:
 
 
 def pool_request(
-    cluster: ClusterSpec, pool: PoolPlan, lifetime: timedelta | None
+    cluster: ClusterSpec, pool: PoolPlan, lifetime: timedelta | None, build_id: str
 ) -> tuple[ComputeRequirementTemplateUsage, ProvisionedWorkerPoolProperties]:
     """Make the request that provisions a pool.
 
     :param lifetime: what is left of the cluster's lifetime: the platform terminates the compute
         requirement after it, whether or not a client is alive. None for no limit.
+    :param build_id: the build that asks for it, see :data:`BUILD_TAG`.
     """
     from yellowdog_client.model import (
         AutoShutdown,
@@ -145,20 +151,17 @@ def pool_request(
         targetInstanceCount=pool.node_count,
         imagesId=pool.node.images_id,
         userData=pool.node.userdata,
-        instanceTags=dict(pool.node.instance_tags) if pool.node.instance_tags else None,
+        instanceTags={**(pool.node.instance_tags or {}), BUILD_TAG: build_id},
         autoShutdown=None if lifetime is None else AutoShutdown(enabled=True, timeout=lifetime),
     )
-    never = AutoShutdown(enabled=False)
     properties = ProvisionedWorkerPoolProperties(
         createNodeWorkers=NodeWorkerTarget.per_node(1),
         minNodes=0,
         maxNodes=pool.node_count,
         # Said explicitly: where it is left out, the platform ends a pool that has been idle for ten
         # minutes, and for good; a pool whose nodes boot faster than the head's would be lost.
-        idlePoolShutdown=never,
-        idleNodeShutdown=AutoShutdown(enabled=True, timeout=WORKER_IDLE_TIMEOUT)
-        if pool.role == "worker"
-        else never,
+        idlePoolShutdown=AutoShutdown(enabled=False),
+        idleNodeShutdown=AutoShutdown(enabled=True, timeout=NODE_IDLE_TIMEOUT),
         workerTag=pool.name,
         metricsEnabled=pool.node.metrics_enabled,
     )
@@ -207,15 +210,22 @@ def task_group(cluster: ClusterSpec, pool: PoolPlan, lifetime: timedelta | None)
 
 
 def work_requirement(
-    cluster: ClusterSpec, pools: Sequence[PoolPlan], lifetime: timedelta | None
+    cluster: ClusterSpec, pools: Sequence[PoolPlan], lifetime: timedelta | None, build_id: str
 ) -> WorkRequirement:
-    """Make the cluster's work requirement, with one task group for each pool and no tasks yet."""
+    """Make the cluster's work requirement, with one task group for each pool and no tasks yet.
+
+    :param build_id: the build that asks for it: the tag of the head's task group.
+    """
     from yellowdog_client.model import WorkRequirement
 
+    groups = [task_group(cluster, pool, lifetime) for pool in pools]
+    for group in groups:
+        if group.name == HEAD_GROUP:
+            group.tag = build_id
     return WorkRequirement(
         namespace=cluster.namespace,
         name=cluster.name,
-        taskGroups=[task_group(cluster, pool, lifetime) for pool in pools],
+        taskGroups=groups,
         tag=cluster.tag,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -19,7 +18,7 @@ from yellowdog_ray.errors import BuildError, NameTakenError, NotFoundError, Plat
 from yellowdog_ray.raydog import plan
 from yellowdog_ray.raydog.plan import PoolPlan
 from yellowdog_ray.raydog.specs import ClusterSpec, Credentials
-from yellowdog_ray.raydog.transport import Operation, Transport, already_exists, transient
+from yellowdog_ray.raydog.transport import Operation, Transport, already_exists, refused, transient
 
 if TYPE_CHECKING:
     from yellowdog_client import PlatformClient
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
         WorkRequirement,
     )
 
-__all__ = ["Begun", "Platform"]
+__all__ = ["Build", "Platform"]
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +42,28 @@ THREADS = 9
 
 
 @dataclass
-class Begun:
+class Build:
     """What is needed to recognise what a build has created, although an answer was lost.
 
-    :param at: when it began, by the platform's clock.
-    :param unanswered: the names of what a call was sent for whose answer was lost.
+    :param id: a random text that what it creates is tagged with.
+    :param begun: when it began, by the platform's clock; None where that is not known any more.
+    :param sent: the names of what a creating call was sent for and not refused: under these there may be
+        something on the platform, even where its id never came.
     """
 
-    at: datetime
-    unanswered: set[str] = field(default_factory=set)
+    id: str
+    begun: datetime | None = None
+    sent: set[str] = field(default_factory=set)
+
+    def made(self, tag: str | None, created: datetime | None) -> bool:
+        """Tell by its tag whether this build created a thing.
+
+        The API's documentation does not promise that an instance tag can be read back. Where there is
+        none, the time of creation decides, which cannot tell two builds apart that run at once.
+        """
+        if tag is not None:
+            return tag == self.id
+        return self.begun is None or (created is not None and created >= self.begun)
 
 
 @dataclass(frozen=True)
@@ -225,22 +237,22 @@ class Platform:
         cluster: ClusterSpec,
         pool: PoolPlan,
         lifetime: timedelta | None,
-        begun: Begun,
+        build: Build,
         operation: Operation,
     ) -> ProvisionedWorkerPool:
         """Provision a pool, or adopt it where an earlier try of ours did so and its answer was lost.
 
         :raises NameTakenError: where something else has the pool's name.
         """
-        usage, properties = plan.pool_request(cluster, pool, lifetime)
+        usage, properties = plan.pool_request(cluster, pool, lifetime, build.id)
         workers = self.client.worker_pool_client
         return self._create(
             f"provision the worker pool {pool.name}",
             lambda: workers.provision_worker_pool(usage, properties),
             lambda: self.find_pool(cluster.namespace, pool.name, operation),
-            lambda found: is_our_pool(found, pool, begun.at),
+            lambda found: self.is_our_pool(found, build, operation),
             _Named("worker pool", cluster.namespace, pool.name),
-            begun,
+            build,
             operation,
         )
 
@@ -249,20 +261,19 @@ class Platform:
         cluster: ClusterSpec,
         pools: list[PoolPlan],
         lifetime: timedelta | None,
-        begun: Begun,
+        build: Build,
         operation: Operation,
     ) -> WorkRequirement:
         """Add the cluster's work requirement, or adopt it; see :meth:`create_pool`."""
-        requirement = plan.work_requirement(cluster, pools, lifetime)
-        groups = {pool.group for pool in pools}
+        requirement = plan.work_requirement(cluster, pools, lifetime, build.id)
         work = self.client.work_client
         return self._create(
             f"add the work requirement {cluster.name}",
             lambda: work.add_work_requirement(requirement),
             lambda: self.find_work_requirement(cluster.namespace, cluster.name, operation),
-            lambda found: is_our_work_requirement(found, groups, cluster, begun.at),
+            lambda found: is_our_work_requirement(found, build),
             _Named("work requirement", cluster.namespace, cluster.name),
-            begun,
+            build,
             operation,
         )
 
@@ -273,20 +284,26 @@ class Platform:
         find: Callable[[], _T | None],
         is_ours: Callable[[_T], bool],
         named: _Named,
-        begun: Begun,
+        build: Build,
         operation: Operation,
     ) -> _T:
         def attempt() -> _T:
+            if operation.cancelled.is_set():
+                raise BuildError(f"it was stopped before the call to {what}")
+            # Noted before it is sent: whatever ends us from here on, the name will be looked up.
+            doubtful = named.name in build.sent
+            build.sent.add(named.name)
             try:
                 return post()
             except Exception as error:
-                if transient(error):
-                    begun.unanswered.add(named.name)
-                elif not already_exists(error):
-                    raise
+                if refused(error):
+                    if not doubtful:
+                        build.sent.discard(named.name)
+                    if not already_exists(error):
+                        raise
                 found = find()
-                # Where every call of ours was answered, what is there cannot have come from one of them.
-                if found is not None and named.name in begun.unanswered and is_ours(found):
+                # Where every call of ours was refused, what is there cannot have come from one of them.
+                if found is not None and named.name in build.sent and is_ours(found):
                     log.info("The answer to the call to %s was lost; what it created was found", what)
                     return found
                 if found is not None or already_exists(error):
@@ -347,6 +364,19 @@ class Platform:
 
     # -- judging ---------------------------------------------------------------------------------------
 
+    def is_our_pool(self, found: ProvisionedWorkerPool, build: Build, operation: Operation) -> bool:
+        """Tell whether a pool that stands under our name is the one that a build asked for."""
+        properties = found.properties
+        if properties is None or properties.workerTag != found.name:
+            return False
+        if found.computeRequirementId is not None:
+            # The pool itself has nothing to bear the build's id.
+            try:
+                return is_our_compute(self.compute(found.computeRequirementId, operation), build)
+            except NotFoundError:
+                pass
+        return build.made(None, found.createdTime)
+
     def why_no_nodes(self, pool_id: str, name: str, operation: Operation) -> str | None:
         """Tell why a pool cannot give nodes any more; None where it still can."""
         try:
@@ -378,37 +408,18 @@ def _group(requirement: WorkRequirement, name: str) -> TaskGroup | None:
     return next((group for group in requirement.taskGroups or [] if group.name == name), None)
 
 
-def is_our_pool(found: ProvisionedWorkerPool, pool: PoolPlan, since: datetime) -> bool:
-    """Tell whether a pool that stands under our name is the one that this build asked for."""
-    properties = found.properties
-    return (
-        found.name == pool.name
-        and properties is not None
-        and properties.workerTag == pool.name
-        and properties.maxNodes == pool.node_count
-        and _created_since(found.createdTime, since)
-    )
+def is_our_compute(found: ComputeRequirement, build: Build) -> bool:
+    """Tell whether a compute requirement that stands under our name is the one that a build asked for."""
+    sources: list[Any] = list(getattr(found.provisionStrategy, "sources", None) or [])
+    tags = (getattr(source, "instanceTags", None) or {} for source in sources)
+    tag = next((its[plan.BUILD_TAG] for its in tags if plan.BUILD_TAG in its), None)
+    return build.made(tag, found.createdTime)
 
 
-def is_our_compute(found: ComputeRequirement, pool: PoolPlan, since: datetime) -> bool:
-    """Tell whether a compute requirement that stands under our name is the one that this build asked for."""
-    return found.name == pool.name and _created_since(found.createdTime, since)
-
-
-def is_our_work_requirement(
-    found: WorkRequirement, groups: AbstractSet[str], cluster: ClusterSpec, since: datetime
-) -> bool:
-    """Tell whether a work requirement that stands under our name is the one that this build asked for."""
-    return (
-        found.name == cluster.name
-        and found.tag == cluster.tag
-        and {group.name for group in found.taskGroups or []} >= groups
-        and _created_since(found.createdTime, since)
-    )
-
-
-def _created_since(created: datetime | None, since: datetime) -> bool:
-    return created is not None and created >= since
+def is_our_work_requirement(found: WorkRequirement, build: Build) -> bool:
+    """Tell whether a work requirement that stands under our name is the one that a build asked for."""
+    head = _group(found, plan.HEAD_GROUP)
+    return head is not None and build.made(head.tag, found.createdTime)
 
 
 def _name_taken(named: _Named, found: Any, error: Exception) -> NameTakenError:

@@ -78,9 +78,17 @@ def _put(token: str) -> None:
 
 
 def _ray_is_connected() -> bool:
-    ray = sys.modules.get("ray")
-    is_initialized = getattr(ray, "is_initialized", None)
-    return bool(is_initialized()) if is_initialized is not None else False
+    """Tell whether Ray is connected in this process, from its own flags.
+
+    ``ray.is_initialized()`` would not do: in a Ray Client session it asks the server, without any time
+    limit, so that a head that has died blocks it for a minute.
+    """
+    worker = getattr(sys.modules.get("ray._private.worker"), "global_worker", None)
+    if getattr(worker, "connected", False):
+        return True
+    client = getattr(sys.modules.get("ray.util.client"), "ray", None)
+    is_connected = getattr(client, "is_connected", None)
+    return bool(is_connected()) if is_connected is not None else False
 
 
 def _refresh_ray() -> None:
@@ -96,7 +104,10 @@ def _refresh_ray() -> None:
         # The mode first: a token that is looked for while the mode is on has to be there.
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
-    except AttributeError:
+    except Exception as error:
         log.warning(
-            "this version of Ray cannot be told its token after it was imported; build before importing ray"
+            "this version of Ray cannot be told its token after it was imported (%s: %s); build before "
+            "importing ray",
+            type(error).__name__,
+            error,
         )

@@ -31,6 +31,7 @@ from pydantic import (
 from yellowdog_ray.errors import SpecError
 
 __all__ = [
+    "CREDENTIAL_PARAMETERS",
     "DEFAULT_API_URL",
     "MAX_NAME",
     "MAX_TASK_GROUPS",
@@ -75,8 +76,8 @@ def _name(value: str) -> str:
 
 
 def _tag(value: str) -> str:
-    if not _NAME.fullmatch(value):
-        raise ValueError(f"{value!r} is not a tag that YellowDog's tools accept: {_NAME_RULE}")
+    if not value.strip() or not value.isprintable():
+        raise ValueError("a tag has to consist of printable characters, and not of spaces alone")
     if len(value) > MAX_TAG:
         raise ValueError(f"the tag has {len(value)} characters, and YellowDog allows {MAX_TAG}")
     return value
@@ -169,6 +170,14 @@ class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
+CREDENTIAL_PARAMETERS = {
+    "key_id": "yd_application_key_id",
+    "key_secret": "yd_application_key_secret",
+    "api_url": "yd_platform_api_url",
+}
+"""What the fields of :class:`Credentials` are called where users give them."""
+
+
 class Credentials(_Spec):
     """A YellowDog application key, and the API that it is for.
 
@@ -199,9 +208,10 @@ class NodeSpec(_Spec):
     """
 
     template: Template
-    script: Script | None = None
+    # What may hold a secret is not shown.
+    script: Script | None = Field(default=None, repr=False)
     images_id: Text = None
-    userdata: Text = None
+    userdata: Text = Field(default=None, repr=False)
     instance_tags: InstanceTags | None = None
     metrics_enabled: StrictBool | None = None
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from yellowdog_ray.errors import SpecError, StateError
-from yellowdog_ray.raydog.specs import RayAuth, check_api_url
+from yellowdog_ray.raydog.specs import MAX_NAME, RayAuth, check_api_url
 
 __all__ = ["FORMAT_VERSION", "ClusterState", "PoolState"]
 
@@ -35,7 +36,12 @@ def _without_none(value: Any) -> Any:
 WorkRequirementId = Annotated[str, Field(pattern=r"^ydid:workreq:[0-9A-Za-z:-]+$")]
 WorkerPoolId = Annotated[str, Field(pattern=r"^ydid:wrkrpool:[0-9A-Za-z:-]+$")]
 ComputeRequirementId = Annotated[str, Field(pattern=r"^ydid:compreq:[0-9A-Za-z:-]+$")]
-PlatformName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*[a-z0-9]$", max_length=60)]
+PlatformName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*[a-z0-9]$", max_length=MAX_NAME)]
+_NAME = re.compile(r"[a-z][a-z0-9_-]*[a-z0-9]")
+
+
+def _is_name(value: str | None) -> bool:
+    return value is not None and len(value) <= MAX_NAME and _NAME.fullmatch(value) is not None
 
 
 class PoolState(BaseModel):
@@ -61,20 +67,29 @@ class ClusterState(BaseModel):
 
     :param api_url: the API that the cluster lives behind; None in files of the existing package.
     :param ray_auth: whether Ray's token authentication is on. The token itself is not here.
+    :param build_id: by which what is found under a name is recognised as this cluster's.
     :param pools: every pool with its name; empty in files of the existing package.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
     cluster_name: str | None = None
-    cluster_namespace: PlatformName | None = None
+    # A file of the existing package may have any; it is used for look-ups of named pools only.
+    cluster_namespace: str | None = None
     cluster_tag: str | None = None
     work_requirement_id: WorkRequirementId | None
     worker_pool_ids: Annotated[list[WorkerPoolId], BeforeValidator(_without_none)]
     format_version: int = FORMAT_VERSION
     api_url: str | None = None
     ray_auth: RayAuth | None = None
+    build_id: Annotated[str, Field(pattern=r"^[0-9a-f]+$")] | None = None
     pools: list[PoolState] = []
+
+    @model_validator(mode="after")
+    def _names_can_be_looked_up(self) -> ClusterState:
+        if self.pools and not all(_is_name(value) for value in (self.cluster_name, self.cluster_namespace)):
+            raise ValueError("cluster_name and cluster_namespace have to be YellowDog names")
+        return self
 
     def to_json(self) -> str:
         """Write the state as JSON text."""

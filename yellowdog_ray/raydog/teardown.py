@@ -6,19 +6,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
 from yellowdog_ray.errors import CredentialsError, NotFoundError, RayDogError, TeardownError
-from yellowdog_ray.raydog.plan import PoolPlan
-from yellowdog_ray.raydog.platform import Platform, is_our_compute, is_our_pool
+from yellowdog_ray.raydog.platform import (
+    Build,
+    Platform,
+    is_our_compute,
+    is_our_work_requirement,
+)
 from yellowdog_ray.raydog.transport import Operation, Pause, already_gone
 
 if TYPE_CHECKING:
-    from yellowdog_client.model import WorkRequirement
+    from yellowdog_client.model import ComputeRequirement
 
 __all__ = ["VERIFY_SECONDS", "PoolTarget", "Targets", "tear_down"]
 
@@ -34,15 +38,12 @@ VERIFY_SECONDS = 180.0
 class PoolTarget:
     """A pool that is to end, known by its id, by its name, or both.
 
-    :param planned: set where it is known by name only and may be another's: what it was asked for as.
-    :param since: with ``planned``: when the build began that asked for it, by the platform's clock.
+    What is found by its name is ended only where the targets' build has created it.
     """
 
     name: str | None = None
     id: str | None = None
     compute_requirement_id: str | None = None
-    planned: PoolPlan | None = None
-    since: datetime | None = None
 
     def __str__(self) -> str:
         return " ".join(part for part in ("worker pool", self.name, self.id) if part)
@@ -52,13 +53,13 @@ class PoolTarget:
 class Targets:
     """Everything that is to end. What has been verified as ended is taken off the lists.
 
-    :param is_our_work: tells whether a work requirement that was found by its name is the one meant.
+    :param build: by which what is found by a name is recognised; None where the names are trusted.
     """
 
     namespace: str | None = None
     work_requirement_id: str | None = None
     work_requirement_name: str | None = None
-    is_our_work: Callable[[WorkRequirement], bool] | None = None
+    build: Build | None = None
     pools: list[PoolTarget] = field(default_factory=list)
 
     @property
@@ -67,6 +68,10 @@ class Targets:
         known = [part for part in (self.work_requirement_name, self.work_requirement_id) if part]
         return " ".join(["work requirement", *known]) if known else None
 
+    def __str__(self) -> str:
+        names = [str(pool) for pool in self.pools]
+        return ", ".join([self.work_requirement, *names] if self.work_requirement else names)
+
 
 @dataclass
 class _Item:
@@ -74,21 +79,22 @@ class _Item:
 
     :param end: asks the platform to end it, and returns what failed.
     :param not_ended: tells why it has not ended yet, None where it has; NotFoundError where it is unknown.
+        Told that this is the last look, it lets instances pass that are about to end.
     """
 
     what: str
     target: PoolTarget | None
     end: Callable[[], list[str]]
-    not_ended: Callable[[], str | None]
+    not_ended: Callable[[bool], str | None]
     failures: list[str] = field(default_factory=list)
     known: bool = False
     hopeless: bool = False
 
-    def look(self) -> str | None:
+    def look(self, last: bool) -> str | None:
         """Ask whether it has ended; and once more to end it, where that has failed."""
         if self.failures:
             self.failures = self.end()
-        return self.not_ended()
+        return self.not_ended(last and not self.failures)
 
 
 def tear_down(
@@ -102,7 +108,7 @@ def tear_down(
         that, so that a second call goes on with it.
     """
     steps = Operation(STEP_SECONDS)
-    items = [_pool_item(platform, targets.namespace, pool, steps, until) for pool in targets.pools]
+    items = [_pool_item(platform, targets, pool, steps, until) for pool in targets.pools]
     if targets.work_requirement is not None:
         items.insert(0, _work_item(platform, targets, steps))
     verifying = Operation()
@@ -133,8 +139,10 @@ def _verify(platform: Platform, items: list[_Item], operation: Operation) -> lis
     left = list(items)
     pause = Pause(operation)
     while True:
+        last = operation.expired
         asking = [item for item in left if not item.hopeless]
-        for item, asked in [(item, platform.submit(item.look)) for item in asking]:
+        looks = [(item, platform.submit(functools.partial(item.look, last))) for item in asking]
+        for item, asked in looks:
             try:
                 reason = asked.result()
                 item.known = True
@@ -146,11 +154,11 @@ def _verify(platform: Platform, items: list[_Item], operation: Operation) -> lis
                 item.hopeless = isinstance(error, CredentialsError)
             if reason is None:
                 left = [other for other in left if other is not item]
-            elif operation.expired or item.hopeless:
+            elif last or item.hopeless:
                 item.failures.append(
                     f"the {item.what} has not ended after {operation.elapsed:.0f} s: {reason}"
                 )
-        if operation.expired or all(item.hopeless for item in left):
+        if last or all(item.hopeless for item in left):
             return left
         pause.sleep()
 
@@ -172,7 +180,7 @@ def _work_item(platform: Platform, targets: Targets, operation: Operation) -> _I
             found = platform.find_work_requirement(
                 targets.namespace, targets.work_requirement_name, operation
             )
-            if found is not None and (targets.is_our_work is None or targets.is_our_work(found)):
+            if found is not None and (targets.build is None or is_our_work_requirement(found, targets.build)):
                 targets.work_requirement_id = found.id
 
     def cancel() -> None:
@@ -191,7 +199,7 @@ def _work_item(platform: Platform, targets: Targets, operation: Operation) -> _I
         _attempt(failures, cancel)
         return failures
 
-    def not_ended() -> str | None:
+    def not_ended(last: bool) -> str | None:
         if targets.work_requirement_id is None:
             identify()
         if targets.work_requirement_id is None:
@@ -203,7 +211,7 @@ def _work_item(platform: Platform, targets: Targets, operation: Operation) -> _I
 
 
 def _pool_item(
-    platform: Platform, namespace: str | None, pool: PoolTarget, operation: Operation, until: str
+    platform: Platform, targets: Targets, pool: PoolTarget, operation: Operation, until: str
 ) -> _Item:
     what = str(pool)
 
@@ -227,28 +235,28 @@ def _pool_item(
 
     def end() -> list[str]:
         failures: list[str] = []
-        _attempt(failures, lambda: _identify(platform, namespace, pool, operation))
+        _attempt(failures, lambda: _identify(platform, targets, pool, operation))
         _attempt(failures, shut_down)
         _attempt(failures, terminate)
         return failures
 
-    def not_ended() -> str | None:
+    def not_ended(last: bool) -> str | None:
         unknown = pool.id is None or pool.compute_requirement_id is None
         if unknown:
             # The look-up may have failed before; what it finds now has not been asked to end yet.
             before = (pool.id, pool.compute_requirement_id)
-            _identify(platform, namespace, pool, operation)
+            _identify(platform, targets, pool, operation)
             if (pool.id, pool.compute_requirement_id) != before:
                 shut_down()
                 terminate()
-        return _pool_not_ended(platform, pool, operation, until)
+        return _pool_not_ended(platform, pool, operation, until, last)
 
     return _Item(what, pool, end, not_ended)
 
 
-def _identify(platform: Platform, namespace: str | None, pool: PoolTarget, operation: Operation) -> None:
+def _identify(platform: Platform, targets: Targets, pool: PoolTarget, operation: Operation) -> None:
     """Find the ids of a pool and its compute requirement that are not known yet."""
-    planned, since = pool.planned, pool.since
+    namespace, build = targets.namespace, targets.build
     if pool.id is not None and pool.compute_requirement_id is None:
         # Where the pool is gone, its compute requirement may still be there, under the name.
         with contextlib.suppress(NotFoundError):
@@ -257,20 +265,21 @@ def _identify(platform: Platform, namespace: str | None, pool: PoolTarget, opera
         return
     if pool.id is None:
         found = platform.find_pool(namespace, pool.name, operation)
-        if found is not None and (planned is None or since is None or is_our_pool(found, planned, since)):
+        if found is not None and (build is None or platform.is_our_pool(found, build, operation)):
             pool.id, pool.compute_requirement_id = found.id, found.computeRequirementId
     if pool.compute_requirement_id is None:
         compute = platform.find_compute(namespace, pool.name, operation)
-        if compute is not None and (
-            planned is None or since is None or is_our_compute(compute, planned, since)
-        ):
+        if compute is not None and (build is None or is_our_compute(compute, build)):
             pool.compute_requirement_id = compute.id
 
 
-def _pool_not_ended(platform: Platform, pool: PoolTarget, operation: Operation, until: str) -> str | None:
+def _pool_not_ended(
+    platform: Platform, pool: PoolTarget, operation: Operation, until: str, last: bool
+) -> str | None:
     from yellowdog_client.model import ComputeRequirementStatus
 
     known = False
+    late = False
     if pool.compute_requirement_id is not None:
         try:
             compute = platform.compute(pool.compute_requirement_id, operation)
@@ -282,7 +291,10 @@ def _pool_not_ended(platform: Platform, pool: PoolTarget, operation: Operation, 
                 compute.status,
                 compute.nextStatus,
             )
-            if compute.status is not ComputeRequirementStatus.TERMINATED and not ending:
+            # An instance that takes its time to go is on its way: nothing would end it sooner.
+            late = last and compute.status is ComputeRequirementStatus.TERMINATING
+            late = late and not _errored(compute)
+            if compute.status is not ComputeRequirementStatus.TERMINATED and not ending and not late:
                 return f"its compute requirement is {compute.status or 'in an unknown state'}"
     if pool.id is not None:
         try:
@@ -295,4 +307,17 @@ def _pool_not_ended(platform: Platform, pool: PoolTarget, operation: Operation, 
                 return f"it is {status or 'in an unknown state'}"
     if not known:
         raise NotFoundError("there is none", 404)
+    if late:
+        log.warning(
+            "The instances of the %s are still terminating (compute requirement %s); this is not waited for",
+            pool,
+            pool.compute_requirement_id,
+        )
     return None
+
+
+def _errored(compute: ComputeRequirement) -> bool:
+    from yellowdog_client.model import ComputeSourceStatus
+
+    sources = getattr(compute.provisionStrategy, "sources", None) or []
+    return any(source.status is ComputeSourceStatus.ERRORED for source in sources)

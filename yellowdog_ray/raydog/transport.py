@@ -28,7 +28,7 @@ from yellowdog_ray.raydog.specs import Credentials
 if TYPE_CHECKING:
     from yellowdog_client import PlatformClient
 
-__all__ = ["Operation", "Pause", "Transport", "already_exists", "already_gone", "transient"]
+__all__ = ["Operation", "Pause", "Transport", "already_exists", "already_gone", "refused", "transient"]
 
 log = logging.getLogger(__name__)
 
@@ -254,6 +254,16 @@ def transient(error: BaseException) -> bool:
         requests.exceptions.JSONDecodeError,
     )
     return isinstance(error, lost) or _status(error) in _TRANSIENT_STATUSES
+
+
+def refused(error: BaseException) -> bool:
+    """Tell whether an error says that the platform has not carried the call out.
+
+    Nothing else does: not an answer that cannot be read, not a gateway's own status, not a connection that
+    breaks in mid-answer.
+    """
+    status = _status(error)
+    return status is not None and 400 <= status < 500 and status not in _TRANSIENT_STATUSES
 
 
 def already_exists(error: BaseException) -> bool:
