@@ -41,7 +41,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of the package."""
-    session.install("-e", ".[local]", "mypy>=1.11", "types-paramiko")
+    session.install("-e", ".[local,ray]", "mypy>=1.11", "types-paramiko")
     session.run("mypy")
 
 
