@@ -109,7 +109,7 @@ def _make_key(path: Path) -> str:
 class LocalNodes:
     """The backend that makes real nodes of this machine.
 
-    :param directory: the platform's own directory; it is removed when the platform ends.
+    :param directory: the platform's own directory, which is there already.
     :param isolation: the kind of node, or None for the best that works here.
     :param lock: a descriptor that the supervisor keeps open for as long as it lives.
     :param system_sshd: whether to use the system's SSH server where there is one.
@@ -132,7 +132,8 @@ class LocalNodes:
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.refusals: list[str] = []
-        servers = [_find_sshd(), None] if system_sshd and _find_sshd() else [None]
+        found = _find_sshd() if system_sshd else None
+        servers = [found, None] if found else [None]
         for kind in [isolation] if isolation else _candidates():
             # The system's server would take a plain process to the user's home, and its terminals need a
             # group that only root may give them.
@@ -262,9 +263,8 @@ class LocalNodes:
             self._loop.remove_writer(self._channel.fileno())
 
     def close(self) -> None:
-        """End every node, wait until nothing of them is left, and remove the platform's directory."""
+        """End every node and wait until nothing of them is left; the directory is not removed here."""
         self._end_supervisor()
-        linux.remove_tree(self._directory)
 
     def instances(self) -> list[str]:
         """List the instances whose nodes exist."""

@@ -247,8 +247,7 @@ class LocalPlatform:
     def _end(self) -> None:
         """Undo what has been done of :meth:`_start`, each step whether or not the one before it worked."""
         with contextlib.ExitStack() as steps:
-            if self._lock is not None:
-                steps.callback(_close_quietly, self._lock)
+            steps.callback(self._release_lock)
             if self._directory is not None:
                 steps.callback(remove_tree, self._directory)
             if self._nodes_made is not None:
@@ -257,6 +256,12 @@ class LocalPlatform:
                 steps.callback(self._listener.close)
             if self._server is not None:
                 steps.callback(self._server.stop)
+
+    def _release_lock(self) -> None:
+        # Only once, also when an end that was interrupted is repeated: by then the number may be another's.
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
 
     def nodes(self) -> list[str]:
         """List the instances whose nodes exist on this machine now, whatever the API says of them."""
@@ -367,12 +372,6 @@ class _Server:
             await asyncio.sleep(0.005)
         self._started.set()
         await serving
-
-
-def _close_quietly(fd: int) -> None:
-    # A second attempt at an end that was interrupted finds it closed.
-    with contextlib.suppress(OSError):
-        os.close(fd)
 
 
 def _close(reference: weakref.ref[LocalPlatform]) -> None:
