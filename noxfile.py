@@ -54,6 +54,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure how long a real cluster takes, beside the same Ray nodes started by hand."""
+    """Measure what RayDog adds to a cluster's time, and a real cluster beside Ray started by hand."""
     session.install("-e", ".[local,ray]")
+    session.run("python", "benchmarks/build_overhead.py", "--scale")
     session.run("python", "benchmarks/build_real.py", *session.posargs)

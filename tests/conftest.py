@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 # In CI nothing may be left out for want of something that could have been installed.
 _REQUIRE_ALL = bool(os.environ.get("RAYDOG_TESTS_REQUIRE_ALL"))
+
+
+@pytest.fixture(autouse=True)
+def state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Clusters of tests leave no state files with the user's own."""
+    directory = tmp_path / "raydog-states"
+    monkeypatch.setenv("RAYDOG_STATE_DIR", str(directory))
+    return directory
 
 
 @pytest.hookimpl(hookwrapper=True)

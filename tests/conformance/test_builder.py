@@ -34,6 +34,7 @@ from yellowdog_ray.errors import (
 )
 from yellowdog_ray.local.scheduler import SchedulerOptions
 from yellowdog_ray.raydog import assembly, builder, plan, ray_auth, teardown, transport
+from yellowdog_ray.raydog import platform as platform_module
 from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
 from yellowdog_ray.raydog.platform import Build
 
@@ -48,6 +49,9 @@ def impatient(monkeypatch):
     monkeypatch.setattr(assembly, "SETTLE_SECONDS", 0.05)
     monkeypatch.setattr(teardown, "STEP_SECONDS", 1.0)
     monkeypatch.setattr(teardown, "VERIFY_SECONDS", 1.0)
+    monkeypatch.setattr(teardown, "LATE_SECONDS", 0.3)
+    monkeypatch.setattr(transport, "NOT_YET_SECONDS", 0.3)
+    monkeypatch.setattr(platform_module, "NOT_YET_SECONDS", 0.3)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setattr(ray_auth, "_tokens", [])
@@ -947,7 +951,7 @@ def test_proxy_of_a_stranger(platform):
         proxy.load_saved_state_from_json(cluster.save_state_to_json())
         host = other.url.removeprefix("http://")
         for _ in range(2):
-            with pytest.raises(StateError, match=f"{host} knows nothing of the cluster demo .* API URL"):
+            with pytest.raises(StateError, match=f"{host} knows nothing of the cluster test/demo .* API URL"):
                 proxy.shut_down()
         assert books(platform) == before
 
@@ -1005,8 +1009,9 @@ def test_faults_while_shutting_down_are_survived(platform, what):
 def test_the_nodes_go_before_the_tasks(platform, monkeypatch):
     """Removing a pool ends its nodes first, and cancels its tasks for so long as there is time."""
     monkeypatch.setattr(assembly, "CANCEL_SECONDS", 0.5)
+    platform.backend.stop_delay = 0
     with make(platform) as cluster:
-        cluster.add_worker_pool("test/small", None, 60, "big")
+        cluster.add_worker_pool("test/small", None, 90, "big")
         cluster.build(SHORT)
         cluster.wait_for_workers(timeout=10)
         seen = []
@@ -1019,7 +1024,7 @@ def test_the_nodes_go_before_the_tasks(platform, monkeypatch):
         began = time.monotonic()
         cluster.remove_worker_pool_by_internal_name("big")
         assert time.monotonic() - began < 5
-        assert 0 < len(seen) < 60
+        assert 0 < len(seen) < 90
         assert all(compute == ["demo-00-head"] for compute in seen)
 
 

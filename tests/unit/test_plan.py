@@ -32,9 +32,12 @@ def test_names():
     assert (hundred.name, hundred.group, hundred.internal_name) == ("ray-100-wrkrs", "worker-nodes-100", "x")
 
 
+IDLE = timedelta(hours=12)
+
+
 def test_pool_request():
     """A pool's request carries everything that was asked for, and its worker tag is its name."""
-    usage, properties = plan.pool_request(CLUSTER, WORKERS, None, "f00")
+    usage, properties = plan.pool_request(CLUSTER, WORKERS, None, "f00", IDLE)
     assert Json.dump(usage) == {
         "templateId": "ns/tpl",
         "requirementName": "ray-07-wrkrs",
@@ -47,23 +50,30 @@ def test_pool_request():
         "maintainInstanceCount": False,
     }
     assert properties.workerTag == "ray-07-wrkrs"
-    assert properties.maxNodes == 2500
+    assert properties.maxNodes == 10_000  # so that it can be scaled
     assert properties.metricsEnabled is True
     assert properties.createNodeWorkers.targetCount == 1
 
 
 @pytest.mark.parametrize("pool", [HEAD, WATCH, WORKERS], ids=lambda pool: pool.role)
-def test_no_idle_shutdown_while_waiting(pool):
-    """No pool ends because it is idle; a node that has no task is given back, but only after half an hour."""
-    _, properties = plan.pool_request(CLUSTER, pool, None, "f00")
-    assert properties.idlePoolShutdown.enabled is False
+def test_idle_shutdown(pool):
+    """A node that has no task is given back after half an hour, and its pool ends much later."""
+    _, properties = plan.pool_request(CLUSTER, pool, None, "f00", IDLE)
+    assert properties.idlePoolShutdown.enabled is True
+    assert properties.idlePoolShutdown.timeout == IDLE
     assert properties.idleNodeShutdown.enabled is True
     assert properties.idleNodeShutdown.timeout == timedelta(minutes=30)
 
 
+@pytest.mark.parametrize("timeout", [None, timedelta(minutes=1), timedelta(hours=11), timedelta(days=3)])
+def test_no_pool_ends_while_it_waits_for_its_head(timeout):
+    """However long a build may take, an idle pool outlives it."""
+    assert plan.pool_idle_timeout(timeout) >= (timeout or plan.MAX_BUILD) + timedelta(hours=1)
+
+
 def test_lifetime_is_the_platforms():
     """A lifetime is set on the compute at its creation, and on the tasks."""
-    usage, _ = plan.pool_request(CLUSTER, HEAD, timedelta(hours=3), "f00")
+    usage, _ = plan.pool_request(CLUSTER, HEAD, timedelta(hours=3), "f00", IDLE)
     assert (usage.autoShutdown.enabled, usage.autoShutdown.timeout) == (True, timedelta(hours=3))
     group = plan.task_group(CLUSTER, HEAD, timedelta(hours=3))
     assert group.runSpecification.taskTimeout == timedelta(hours=3)

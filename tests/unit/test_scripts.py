@@ -261,6 +261,82 @@ def test_worker_is_aborted_while_it_waits(agent):
     assert process.returncode == 143
 
 
+def test_worker_leaves_when_the_head_is_gone(agent):
+    """A worker whose head no longer listens fails and says why, although Ray itself goes on."""
+    with listening("127.0.0.15") as address:
+        process = agent.start("worker", RAY_HEAD_IP=address, RAYDOG_HEAD_GONE_SECONDS="1")
+        agent.wait_for_call("ray start")
+        time.sleep(1.5)
+        assert process.poll() is None
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=10)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 1
+    assert "the Ray head at 127.0.0.15 port 6379 has not accepted a connection for" in output
+    assert output.endswith("Ray stopped\n")
+    assert "ray stop" in agent.calls.read_text()
+
+
+def test_worker_outlasts_a_short_silence(agent):
+    """A head that is silent for less than its time, and twice, is not gone."""
+    address = "127.0.0.16"
+    with listening(address):
+        process = agent.start("worker", RAY_HEAD_IP=address, RAYDOG_HEAD_GONE_SECONDS="3")
+        agent.wait_for_call("ray start")
+    for _ in range(2):
+        time.sleep(1.4)
+        with listening(address):
+            time.sleep(1.4)
+            assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=5)
+    assert process.returncode == 143
+
+
+def test_worker_leaves_when_its_raylet_has_ended(agent, head):
+    """A worker whose raylet has ended in order, as in a drain, fails, although `ray start` goes on."""
+    agent.install("raylet", "#!/bin/bash\nwhile true; do read -rt 0.05 <> <(:) || :; done\n")
+    agent.install("ray", RAY.replace("start)", 'start) raylet & echo "raylet $!." >>"$CALLS"; '))
+    process = agent.start("worker", RAY_HEAD_IP=head, RAYDOG_HEAD_GONE_SECONDS="2")
+    agent.wait_for_call(".")
+    (raylet,) = re.findall(r"raylet (\d+)", agent.calls.read_text())
+    time.sleep(2.5)
+    assert process.poll() is None
+    os.kill(int(raylet), signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "its raylet has ended" in output
+    assert "ray stop" in agent.calls.read_text()
+
+
+def test_a_watch_that_hangs_does_not_delay_an_abort(agent):
+    """A worker is aborted at once while it looks in vain for its head, and soon no process of it is left."""
+    with listening("127.0.0.17") as address:
+        process = agent.start("worker", RAY_HEAD_IP=address, RAYDOG_HEAD_GONE_SECONDS="4")
+        agent.wait_for_call("ray start")
+    with silent(address):
+        time.sleep(2)
+        began = time.monotonic()
+        process.terminate()
+        output, _ = process.communicate(timeout=5)
+        assert time.monotonic() - began < 2
+        assert process.returncode == 143
+        assert output == "Ray stopped\n"
+        while processes_in(agent.home):
+            assert time.monotonic() - began < 7, processes_in(agent.home)
+            time.sleep(0.05)
+
+
+def processes_in(directory: Path) -> list[str]:
+    """List the processes whose working directory it is."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink() == directory:
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
 @pytest.mark.parametrize("script", ["worker", "observability"])
 def test_no_head_address(agent, script):
     """Without the head's address there is nothing to do, and the script says so."""

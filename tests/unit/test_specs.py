@@ -208,6 +208,11 @@ def test_order_of_the_parameters():
         "observability_node_start_script",
         "cluster_lifetime",
         "ray_auth",
+        "state_file",
+        "access",
+        "keep_logs",
+        "on_event",
+        "progress",
     ]
     assert list(inspect.signature(RayDogCluster.add_worker_pool).parameters)[1:] == [
         "worker_node_compute_requirement_template_id",

@@ -11,6 +11,7 @@ import pytest
 from yellowdog_ray.errors import ClusterStateError, SpecError, StateError
 from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
 from yellowdog_ray.raydog.state import ClusterState, PoolState
+from yellowdog_ray.raydog.teardown import Targets
 
 # The example of the existing package's documentation.
 LEGACY = {
@@ -50,7 +51,7 @@ def test_legacy_namespace_is_kept_and_not_used():
     assert ClusterState.from_json(text).cluster_namespace == "My.Space/../x"
     proxy = RayDogClusterProxy("key", "secret")
     proxy.load_saved_state_from_json(text)
-    assert proxy._targets.namespace is None
+    assert Targets.of(proxy._state).namespace is None
 
 
 def test_legacy_phantom_pool_is_left_out():

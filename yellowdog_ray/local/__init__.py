@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from yellowdog_ray.local.control_plane import LocalControlPlane
+    from yellowdog_ray.local.faults import Fault
     from yellowdog_ray.local.platform import LocalPlatform
 
-__all__ = ["LocalPlatform"]
+__all__ = ["Fault", "LocalControlPlane", "LocalPlatform"]
+
+_HOMES = {"Fault": "faults", "LocalControlPlane": "control_plane", "LocalPlatform": "platform"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LocalPlatform":
-        from yellowdog_ray.local.platform import LocalPlatform
-
-        return LocalPlatform
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,7 +54,7 @@ class Settings:
     :param keep: paths below ``/tmp`` that nodes must go on seeing.
     :param sshd: the system's SSH server, or None for the embedded one.
     :param user: the name of the user whom tasks run as.
-    :param ssh_port: the port of a plain process's SSH server; a node with namespaces has port 22.
+    :param ssh_port: the port of the nodes' SSH servers; with namespaces they listen on port 22 as well.
     """
 
     isolation: str
@@ -430,8 +430,9 @@ def _be_node(
         if settings.namespaced:
             _mount_node(directory, settings)
             home, data = Path(AGENT_HOME), Path(AGENT_DATA)
-        port = 22 if settings.namespaced else settings.ssh_port
-        listeners.append(_listen(message["private_ip"], port))
+        # With namespaces also where SSH is expected, whatever port this machine's side could have.
+        for port in sorted({settings.ssh_port, 22} if settings.namespaced else {settings.ssh_port}):
+            listeners.append(_listen(message["private_ip"], port))
     except Exception as error:
         line.send({"event": "failed", "reason": f"{type(error).__name__}: {error}"})
         return

@@ -1,4 +1,4 @@
-"""The order in which a cluster comes into being, and how what has been created is taken back.
+"""The order in which a cluster comes into being, and what there is of it to be ended.
 
 Everything that can go in parallel does. The head's address is known as soon as its node registers, so
 that all tasks, the workers' too, are submitted then; worker scripts wait for the head's port.
@@ -12,29 +12,28 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from yellowdog_ray.errors import (
-    BuildError,
-    BuildTimeoutError,
-    ClusterStateError,
-    RayDogError,
-    TeardownError,
-)
-from yellowdog_ray.raydog import plan
-from yellowdog_ray.raydog.plan import PoolPlan
+from yellowdog_ray.errors import BuildError, BuildTimeoutError, ClusterStateError, RayDogError
+from yellowdog_ray.raydog import events, plan
+from yellowdog_ray.raydog.crew import Crew
+from yellowdog_ray.raydog.events import Emitter
+from yellowdog_ray.raydog.journal import Journal
 from yellowdog_ray.raydog.platform import Build, Platform, group_ids, task_failure
+from yellowdog_ray.raydog.pools import BuiltPool
 from yellowdog_ray.raydog.specs import ClusterSpec
-from yellowdog_ray.raydog.teardown import PoolTarget, Targets, tear_down
-from yellowdog_ray.raydog.transport import CONNECT_TIMEOUT, READ_TIMEOUT, Operation, Pause
+from yellowdog_ray.raydog.state import ClusterState
+from yellowdog_ray.raydog.teardown import Targets
+from yellowdog_ray.raydog.transport import Operation, Pause
+from yellowdog_ray.raydog.undo import cancel_tasks, take_back
 
 if TYPE_CHECKING:
     from yellowdog_client.model import Node, Task
 
-__all__ = ["Assembly", "BuiltPool", "Crew", "add_note", "cancel_tasks", "take_back"]
+__all__ = ["Assembly", "BuiltPool", "Crew"]
 
 log = logging.getLogger(__name__)
 
@@ -42,84 +41,11 @@ _T = TypeVar("_T")
 
 # A task that executes is looked at once more after this time, so that a script that fails at once is
 # reported by the build and not later.
-SETTLE_SECONDS = 0.15
+SETTLE_SECONDS = 0.05
 # How long a registered node may be without a private address before that is an error.
 _ADDRESS_SECONDS = 60.0
 # How long the tasks of a removed pool are being cancelled.
 CANCEL_SECONDS = 30.0
-# No call that is under way takes longer.
-_CALL_SECONDS = CONNECT_TIMEOUT + READ_TIMEOUT + 5.0
-
-
-@dataclass
-class BuiltPool:
-    """A pool and its task group, as far as they have been created.
-
-    :param node_id: of a pool with one special node (head or observability): its node, and its addresses.
-    :param task_id: of such a pool: its task.
-    """
-
-    plan: PoolPlan
-    id: str | None = None
-    compute_requirement_id: str | None = None
-    group_id: str | None = None
-    node_id: str | None = None
-    private_ip: str | None = None
-    public_ip: str | None = None
-    task_id: str | None = None
-
-    def target(self) -> PoolTarget:
-        """Name it for a teardown."""
-        return PoolTarget(self.plan.name, self.id, self.compute_requirement_id)
-
-
-class Crew:
-    """Calls of one operation that run in parallel; the first that fails ends the wait for all."""
-
-    def __init__(self, platform: Platform, operation: Operation) -> None:
-        self._platform = platform
-        self.operation = operation
-        self._futures: list[Future[Any]] = []
-
-    def start(self, function: Callable[[], _T]) -> Future[_T]:
-        self._check_stopped()
-        future = self._platform.submit(function)
-        self._futures.append(future)
-        return future
-
-    def check(self) -> None:
-        """Raise the failure of a call that has failed, or that somebody has stopped them."""
-        for future in self._futures:
-            if future.done() and not future.cancelled() and (error := future.exception()) is not None:
-                raise error
-        self._check_stopped()
-
-    def result(self, future: Future[_T], what: str) -> _T:
-        """Wait for a call, but no longer than until any one fails or the operation's time is over."""
-        while True:
-            self.check()
-            if future.done():
-                return future.result()
-            if self.operation.expired:
-                raise BuildTimeoutError(f"{self.operation.elapsed:.1f} s were not enough: {what}")
-            pending = [other for other in self._futures if not other.done()]
-            wait(pending, timeout=self.operation.remaining, return_when=FIRST_COMPLETED)
-
-    def finish(self, what: str) -> None:
-        """Wait for all of them."""
-        for future in self._futures:
-            self.result(future, what)
-
-    def stop(self) -> None:
-        """Start no more of them, and wait for those that are under way: what they create is to be known."""
-        self.operation.cancel()
-        for future in self._futures:
-            future.cancel()
-        wait(self._futures, timeout=_CALL_SECONDS)
-
-    def _check_stopped(self) -> None:
-        if self.operation.cancelled.is_set():
-            raise ClusterStateError("it was stopped: the cluster is being shut down")
 
 
 @dataclass
@@ -128,17 +54,22 @@ class Assembly:
 
     It takes nothing back by itself: whoever calls it does, whatever it is ended by, from :meth:`targets`.
 
-    :param token: the cluster's Ray token; None where Ray's authentication is off.
+    :param token: tells the cluster's Ray token; None where Ray's authentication is off.
+    :param journal: where it is written down what is created; None before anything is.
     :param made: how what it has created is recognised.
+    :param idle: after which time without a busy node the platform ends a pool.
     """
 
     platform: Platform
     cluster: ClusterSpec
-    token: str | None = field(repr=False)
+    token: Callable[[], str | None] = field(repr=False)
     head: BuiltPool
     observability: BuiltPool | None
+    emit: Emitter = field(repr=False)
+    journal: Journal | None = None
     work_requirement_id: str | None = None
     made: Build = field(default_factory=lambda: Build(secrets.token_hex(8)))
+    idle: timedelta = plan.POOL_IDLE_TIMEOUT
     _requirement_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _crews: list[Crew] = field(default_factory=list, repr=False)
 
@@ -170,12 +101,13 @@ class Assembly:
             else None,
             self.made,
             [pool.target() for pool in pools if self.exists(pool)],
+            prefix=self.cluster.name,
         )
 
     def pool_targets(self, pool: BuiltPool) -> Targets:
         """List what there is of one pool."""
         pools = [pool.target()] if self.exists(pool) else []
-        return Targets(self.cluster.namespace, build=self.made, pools=pools)
+        return Targets(self.cluster.namespace, build=self.made, pools=pools, prefix=self.cluster.name)
 
     def check_running(self) -> None:
         """Raise where somebody has stopped it."""
@@ -200,6 +132,9 @@ class Assembly:
         self._check_templates([*special, *workers], crew)
         # The platform's clock is known now, and nothing has been created yet.
         self.made.begun = self.platform.now()
+        names = tuple(pool.plan.name for pool in (*special, *workers))
+        nodes = sum(pool.node_count for pool in (*special, *workers))
+        self.emit(events.BuildStarted(self.cluster.name, names, nodes))
         try:
             self._build(special, workers, crew, operation)
         except RayDogError as error:
@@ -230,6 +165,8 @@ class Assembly:
                 self.cluster, plans, lifetime, self.made, operation
             )
             self.work_requirement_id = requirement.id
+            self._note(lambda state: state.but(work_requirement_id=requirement.id))
+            self.emit(events.WorkRequirementAdded(self.cluster.name, str(requirement.id)))
             return group_ids(requirement)
 
         adding = crew.start(add_requirement)
@@ -242,6 +179,7 @@ class Assembly:
         groups = crew.result(adding, "the work requirement has not been added")
         for pool in (*special, *workers):
             pool.group_id = groups[pool.plan.group]
+        self.note_pools(*special, *workers)
         submitting = [crew.start(self._submitter(pool, operation)) for pool in special]
         for pool in workers:
             crew.start(self._submitter(pool, operation))
@@ -262,7 +200,7 @@ class Assembly:
 
         def append_group() -> None:
             # Read, change, write: two at once would lose one of the groups.
-            with self._requirement_lock:
+            with self._requirement_lock, self._alone():
                 group = plan.task_group(self.cluster, pool.plan, lifetime)
                 pool.group_id = self.platform.add_task_group(requirement_id, group, operation).id
             self._submitter(pool, operation)()
@@ -278,8 +216,9 @@ class Assembly:
         :returns: whether all of it was taken back.
         """
         crew.stop()
+        self.emit(events.RollbackStarted(self.cluster.name, str(error) or type(error).__name__))
         gone = take_back(self.platform, self.pool_targets(pool), error)
-        cancel_tasks(self.platform, pool)
+        cancel_tasks(self.platform, pool, CANCEL_SECONDS)
         if gone:
             with contextlib.suppress(ValueError):
                 self._crews.remove(crew)
@@ -289,28 +228,76 @@ class Assembly:
         self, pool: BuiltPool, lifetime: timedelta | None, operation: Operation
     ) -> Callable[[], None]:
         def provision() -> None:
-            created = self.platform.create_pool(self.cluster, pool.plan, lifetime, self.made, operation)
+            created = self.platform.create_pool(
+                self.cluster, pool.plan, lifetime, self.idle, self.made, operation
+            )
             pool.id, pool.compute_requirement_id = created.id, created.computeRequirementId
-            log.info("Provisioned the worker pool %s (%s)", pool.plan.name, pool.id)
+            self.note_pools(pool)
+            self.emit(
+                events.PoolProvisioned(self.cluster.name, pool.plan.name, str(pool.id), pool.node_count)
+            )
 
         return provision
 
-    def _submitter(self, pool: BuiltPool, operation: Operation) -> Callable[[], None]:
-        variables = plan.environment(
+    def variables(self, pool: BuiltPool) -> dict[str, str]:
+        """Make the environment of a pool's tasks; the addresses have to be known."""
+        return plan.environment(
             pool.plan.role,
             head_ip=str(self.head.private_ip),
             node_ip=pool.private_ip,
             observability_ip=None if self.observability is None else self.observability.private_ip,
-            token=self.token,
+            token=self.token(),
         )
+
+    def _submitter(self, pool: BuiltPool, operation: Operation) -> Callable[[], None]:
+        variables = self.variables(pool)
 
         def submit() -> None:
             for batch in plan.task_batches(pool.plan, variables):
                 added = self.platform.add_tasks(str(pool.group_id), batch, operation)
                 if pool.plan.role != "worker":
                     pool.task_id = added[0].id
+            self.emit(events.TasksSubmitted(self.cluster.name, pool.plan.name, pool.node_count))
 
         return submit
+
+    def _note(self, change: Callable[[ClusterState], ClusterState]) -> None:
+        """Complete the state file; where another process is ending the cluster meanwhile, stop."""
+        if self.journal is None:
+            return
+        self.journal.note(change)
+        if self.journal.state.status == "ending":
+            raise ClusterStateError("it was stopped: the cluster is being shut down by another process")
+
+    def reserve_tasks(self, pool: BuiltPool, count: int) -> int:
+        """Give names of tasks away, also to other processes that use the state file.
+
+        :returns: how many had been given away before.
+        :raises StateError: where that cannot be written down.
+        """
+
+        def reserve(state: ClusterState) -> ClusterState:
+            there = state.pool(pool.plan.name) or pool.state()
+            before.append(max(there.tasks_counted, pool.tasks_counted))
+            pool.tasks_counted = before[-1] + count
+            return state.with_pools(there.model_copy(update={"tasks_counted": pool.tasks_counted}))
+
+        before: list[int] = []
+        with self._requirement_lock:
+            if self.journal is not None:
+                self.journal.update(reserve)
+            else:
+                before.append(pool.tasks_counted)
+                pool.tasks_counted += count
+        return before[-1]
+
+    def note_pools(self, *pools: BuiltPool) -> None:
+        """Complete the state file with what is known of pools."""
+        states = [pool.state() for pool in pools]
+        self._note(lambda state: state.with_pools(*states))
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.journal is None else self.journal.changing_groups()
 
     # -- waiting ---------------------------------------------------------------------------------------
 
@@ -321,22 +308,22 @@ class Assembly:
         registered: dict[str, float] = {}
         while waiting := [pool for pool in pools if pool.private_ip is None]:
             crew.check()
-            for pool in waiting:
-                node = _active(self.platform.nodes(str(pool.id), operation))
+            for pool, nodes in self._ask(waiting, lambda pool: self.platform.nodes(str(pool.id), operation)):
+                node = _active(nodes)
                 details = node.details if node is not None else None
                 if node is not None and details is not None and details.privateIpAddress:
                     pool.node_id = node.id
                     pool.private_ip, pool.public_ip = details.privateIpAddress, details.publicIpAddress
+                    self._registered(pool)
                 elif node is not None:
                     since = registered.setdefault(pool.plan.name, time.monotonic())
                     if time.monotonic() - since > _ADDRESS_SECONDS:
                         raise BuildError(f"the {pool.plan.role} node {node.id} has no private address")
             waiting = [pool for pool in waiting if pool.private_ip is None]
             if waiting and checks.due():
+                self._say_waiting("node to register", waiting, operation)
                 for pool in waiting:
-                    reason = self.platform.why_no_nodes(str(pool.id), pool.plan.name, operation)
-                    if reason is not None:
-                        raise BuildError(f"the {pool.plan.role} node cannot come: {reason}")
+                    crew.start(partial(self._check_pool, pool, "node cannot come", operation))
             if waiting:
                 if operation.expired:
                     raise BuildTimeoutError(
@@ -352,10 +339,10 @@ class Assembly:
         waiting = list(pools)
         while True:
             crew.check()
-            for pool in list(waiting):
-                task = self._look(pool, operation)
+            for pool, task in self._ask(waiting, lambda pool: self._look(pool, operation)):
                 if task.status is not None and task.status.name in ("EXECUTING", "UPLOADING"):
                     waiting.remove(pool)
+                    self.emit(events.TaskExecuting(self.cluster.name, pool.plan.role, str(pool.task_id)))
                 elif operation.expired:
                     raise BuildTimeoutError(
                         f"{operation.elapsed:.1f} s were not enough: the {pool.plan.role} node's task "
@@ -364,12 +351,32 @@ class Assembly:
             if not waiting:
                 break
             if checks.due():
+                self._say_waiting("task to execute", waiting, operation)
                 for pool in waiting:
-                    self._check_node(pool, operation)
+                    crew.start(partial(self._check_node, pool, operation))
             pause.sleep()
         time.sleep(SETTLE_SECONDS)
-        for pool in pools:
-            self._look(pool, operation)
+        self._ask(pools, lambda pool: self._look(pool, operation))
+
+    def _ask(
+        self, pools: Sequence[BuiltPool], question: Callable[[BuiltPool], _T]
+    ) -> list[tuple[BuiltPool, _T]]:
+        """Ask the same about several pools at once."""
+        if len(pools) == 1:
+            return [(pools[0], question(pools[0]))]
+        asking = [(pool, self.platform.submit(partial(question, pool))) for pool in pools]
+        return [(pool, asked.result()) for pool, asked in asking]
+
+    def _registered(self, pool: BuiltPool) -> None:
+        self.emit(
+            events.NodeRegistered(
+                self.cluster.name, pool.plan.role, str(pool.node_id), str(pool.private_ip), pool.public_ip
+            )
+        )
+
+    def _say_waiting(self, what: str, pools: Sequence[BuiltPool], operation: Operation) -> None:
+        roles = " and the ".join(pool.plan.role for pool in pools)
+        self.emit(events.Waiting(self.cluster.name, f"the {roles} {what}", operation.elapsed))
 
     def _look(self, pool: BuiltPool, operation: Operation) -> Task:
         task = self.platform.task(str(pool.task_id), operation)
@@ -386,9 +393,13 @@ class Assembly:
             raise BuildError(
                 f"the {pool.plan.role} node {pool.node_id} ({pool.private_ip}) is {state} before its task ran"
             )
+        self._check_pool(pool, "node's task cannot run", operation)
+
+    def _check_pool(self, pool: BuiltPool, what: str, operation: Operation) -> None:
+        """Raise where a pool gives no more nodes."""
         reason = self.platform.why_no_nodes(str(pool.id), pool.plan.name, operation)
         if reason is not None:
-            raise BuildError(f"the {pool.plan.role} node's task cannot run: {reason}")
+            raise BuildError(f"the {pool.plan.role} {what}: {reason}")
 
 
 class _Checks:
@@ -408,61 +419,3 @@ class _Checks:
 
 def _active(nodes: Iterable[Node]) -> Node | None:
     return next((node for node in nodes if node.status is None or node.status.active), None)
-
-
-def cancel_tasks(platform: Platform, pool: BuiltPool) -> None:
-    """Cancel the tasks of a pool whose nodes have been ended, so that they wait for no others.
-
-    What cannot be cancelled in time costs nothing, so that it is no error.
-    """
-    if pool.group_id is None:
-        return
-    operation = Operation(CANCEL_SECONDS)
-    try:
-        tasks = platform.tasks(pool.group_id, operation)
-        unfinished = [task.id for task in tasks if task.id and not (task.status and task.status.finished)]
-        cancelling = [platform.submit(_canceller(platform, task_id, operation)) for task_id in unfinished]
-        for future in cancelling:
-            future.result()
-    except RayDogError as error:
-        log.warning("Could not list the tasks of %s to cancel them: %s", pool.plan.group, error)
-    except BaseException:
-        operation.cancel()
-        raise
-
-
-def _canceller(platform: Platform, task_id: str, operation: Operation) -> Callable[[], None]:
-    def cancel() -> None:
-        if operation.expired or operation.cancelled.is_set():
-            return
-        try:
-            platform.cancel_task(task_id, operation)
-        except RayDogError as error:
-            log.info("%s", error)
-
-    return cancel
-
-
-def take_back(platform: Platform, targets: Targets, error: BaseException) -> bool:
-    """Take back what a failed build or addition has created; what is left is said in the error's message.
-
-    :returns: whether everything was.
-    """
-    if not targets.pools and targets.work_requirement is None:
-        return True
-    log.info("Taking back what has been created, because of: %s", error or type(error).__name__)
-    try:
-        tear_down(platform, targets)
-    except TeardownError as left:
-        add_note(error, f"What had been created could not all be taken back: {left}")
-        return False
-    return True
-
-
-def add_note(error: BaseException, note: str) -> None:
-    """Add a sentence to an error, where a person will see it."""
-    log.error("%s", note)
-    if isinstance(error, RayDogError) and error.args:
-        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
-    elif hasattr(error, "add_note"):  # Python 3.11 and later
-        error.add_note(note)

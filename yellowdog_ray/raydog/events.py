@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from yellowdog_ray.raydog.plan import Role
+
 __all__ = [
     "BuildFailed",
     "BuildFinished",
@@ -90,7 +92,7 @@ class PoolProvisioned(Event):
 class NodeRegistered(Event):
     """The head or the observability node has come up."""
 
-    role: Literal["head", "observability"]
+    role: Role
     node_id: str
     private_ip: str
     public_ip: str | None
@@ -114,7 +116,7 @@ class TasksSubmitted(Event):
 class TaskExecuting(Event):
     """The head's or the observability node's task executes."""
 
-    role: Literal["head", "observability"]
+    role: Role
     task_id: str
 
     def __str__(self) -> str:

@@ -14,6 +14,7 @@ from yellowdog_ray.errors import SpecError
 from yellowdog_ray.raydog.specs import (
     HEAD_SUFFIX,
     MAX_NAME,
+    MAX_NODES,
     MAX_TASK_GROUPS,
     OBSERVABILITY_SUFFIX,
     ClusterSpec,
@@ -34,8 +35,10 @@ __all__ = [
     "BUILD_TAG",
     "HEAD_GROUP",
     "MAX_ALLOCATION_RETRIES",
+    "MAX_BUILD",
     "NODE_IDLE_TIMEOUT",
     "OBSERVABILITY_GROUP",
+    "POOL_IDLE_TIMEOUT",
     "TASK_BATCH",
     "TASK_TYPE",
     "PoolPlan",
@@ -43,6 +46,7 @@ __all__ = [
     "environment",
     "head_pool",
     "observability_pool",
+    "pool_idle_timeout",
     "pool_request",
     "task_batches",
     "task_group",
@@ -65,10 +69,14 @@ TASK_BATCH = 1000
 MAX_ALLOCATION_RETRIES = 20
 
 # A node without a task is given back after this time. It is longer than any head takes to boot, and even
-# where it is not, no worker is lost: the pool itself has no idle shutdown, so that the platform boots new
-# nodes as soon as there are tasks. It is what ends the nodes (and their cost) when the head is gone, or
-# its task never came, and no client is alive to notice.
+# where it is not, no worker is lost: the pool lives on, and the platform boots new nodes as soon as there
+# are tasks. It is what ends the nodes (and their cost) when the head is gone, or its task never came, and
+# no client is alive to notice.
 NODE_IDLE_TIMEOUT = timedelta(minutes=30)
+# A pool without a busy node ends after this time, for good. So it has to be longer than any pool waits for
+# its head: a build waits MAX_BUILD at most, and has a longer idle timeout where it is allowed to take longer.
+POOL_IDLE_TIMEOUT = timedelta(hours=12)
+MAX_BUILD = timedelta(hours=11)
 
 # Every build has a random id, by which it recognises what it has created although an answer was lost:
 # this instance tag of its pools, and the tag of the head's task group.
@@ -127,14 +135,23 @@ def worker_pool(cluster: ClusterSpec, number: int, pool: WorkerPoolSpec, script:
     return PoolPlan("worker", name, group, pool.internal_name or group, pool.node, pool.node_count, script)
 
 
+def pool_idle_timeout(build_timeout: timedelta | None) -> timedelta:
+    """Tell after which time without a busy node the platform is to end a pool.
+
+    :param build_timeout: how long the pool may wait for its head; None for :data:`MAX_BUILD`.
+    """
+    return max(POOL_IDLE_TIMEOUT, (build_timeout or MAX_BUILD) + (POOL_IDLE_TIMEOUT - MAX_BUILD))
+
+
 def pool_request(
-    cluster: ClusterSpec, pool: PoolPlan, lifetime: timedelta | None, build_id: str
+    cluster: ClusterSpec, pool: PoolPlan, lifetime: timedelta | None, build_id: str, idle: timedelta
 ) -> tuple[ComputeRequirementTemplateUsage, ProvisionedWorkerPoolProperties]:
     """Make the request that provisions a pool.
 
     :param lifetime: what is left of the cluster's lifetime: the platform terminates the compute
         requirement after it, whether or not a client is alive. None for no limit.
     :param build_id: the build that asks for it, see :data:`BUILD_TAG`.
+    :param idle: after which time without a busy node the platform ends the pool.
     """
     from yellowdog_client.model import (
         AutoShutdown,
@@ -157,10 +174,11 @@ def pool_request(
     properties = ProvisionedWorkerPoolProperties(
         createNodeWorkers=NodeWorkerTarget.per_node(1),
         minNodes=0,
-        maxNodes=pool.node_count,
+        # Only a worker pool can be scaled. The platform boots no more nodes than there are tasks.
+        maxNodes=MAX_NODES if pool.role == "worker" else 1,
         # Said explicitly: where it is left out, the platform ends a pool that has been idle for ten
         # minutes, and for good; a pool whose nodes boot faster than the head's would be lost.
-        idlePoolShutdown=AutoShutdown(enabled=False),
+        idlePoolShutdown=AutoShutdown(enabled=True, timeout=idle),
         idleNodeShutdown=AutoShutdown(enabled=True, timeout=NODE_IDLE_TIMEOUT),
         workerTag=pool.name,
         metricsEnabled=pool.node.metrics_enabled,
@@ -266,14 +284,17 @@ def task_name(pool: PoolPlan, number: int) -> str:
     return pool.group if pool.role != "worker" else f"{pool.group}-{number:05d}"
 
 
-def task_batches(pool: PoolPlan, variables: Mapping[str, str], first: int = 1) -> Iterator[list[Task]]:
-    """Make a pool's tasks, one for each node, in batches that one call can carry.
+def task_batches(
+    pool: PoolPlan, variables: Mapping[str, str], first: int = 1, count: int | None = None
+) -> Iterator[list[Task]]:
+    """Make a pool's tasks in batches that one call can carry.
 
     :param first: the number of the first of them.
+    :param count: how many; None for one for each of the pool's nodes.
     """
     from yellowdog_client.model import Task
 
-    end = first + pool.node_count
+    end = first + (pool.node_count if count is None else count)
     for start in range(first, end, TASK_BATCH):
         yield [
             Task(name=task_name(pool, number), arguments=list(TASK_ARGUMENTS), environment=dict(variables))

@@ -8,26 +8,45 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from yellowdog_ray.errors import BuildError, NameTakenError, NotFoundError, PlatformError
+from yellowdog_ray.errors import (
+    BuildError,
+    NameTakenError,
+    NotFoundError,
+    PlatformError,
+    PlatformUnreachableError,
+    RayDogError,
+)
 from yellowdog_ray.raydog import plan
 from yellowdog_ray.raydog.plan import PoolPlan
 from yellowdog_ray.raydog.specs import ClusterSpec, Credentials
-from yellowdog_ray.raydog.transport import Operation, Transport, already_exists, refused, transient
+from yellowdog_ray.raydog.transport import (
+    CONNECTIONS,
+    NOT_YET_SECONDS,
+    Operation,
+    Transport,
+    already_exists,
+    already_gone,
+    refused,
+    transient,
+)
 
 if TYPE_CHECKING:
     from yellowdog_client import PlatformClient
     from yellowdog_client.model import (
         ComputeRequirement,
+        ComputeRequirementSummary,
         Node,
         ProvisionedWorkerPool,
         Task,
         TaskGroup,
+        WorkerPoolSummary,
         WorkRequirement,
     )
 
@@ -37,8 +56,8 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# With the caller's own thread ten calls at once: as many connections as the SDK's session keeps.
-THREADS = 9
+# One connection is left for the caller's own thread.
+THREADS = CONNECTIONS - 1
 
 
 @dataclass
@@ -77,10 +96,11 @@ class Platform:
     """YellowDog, as far as a cluster needs it. It does nothing until it is first called.
 
     :param credentials: the application key and the API.
+    :param on_retry: called with what a call does, and why it is tried again.
     """
 
-    def __init__(self, credentials: Credentials) -> None:
-        self._transport = Transport(credentials)
+    def __init__(self, credentials: Credentials, on_retry: Callable[[str, str], None] | None = None) -> None:
+        self._transport = Transport(credentials, on_retry)
         self._threads: ThreadPoolExecutor | None = None
         self._threads_lock = threading.Lock()
 
@@ -114,10 +134,10 @@ class Platform:
         self._transport.close()
 
     def call(
-        self, what: str, function: Callable[[], _T], operation: Operation, seconds: float | None = None
+        self, what: str, function: Callable[[], _T], operation: Operation, *, may_be_missing: bool = False
     ) -> _T:
         """Make a call and outlive its transient faults; see :meth:`Transport.call`."""
-        return self._transport.call(what, function, operation, seconds)
+        return self._transport.call(what, function, operation, may_be_missing=may_be_missing)
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -143,13 +163,16 @@ class Platform:
                 404,
             ) from error
 
-    def work_requirement(self, work_requirement_id: str, operation: Operation) -> WorkRequirement:
+    def work_requirement(
+        self, work_requirement_id: str, operation: Operation, *, may_be_missing: bool = False
+    ) -> WorkRequirement:
         """Read a work requirement with its task groups and the counts of their tasks."""
         work = self.client.work_client
         return self.call(
             f"read the work requirement {work_requirement_id}",
             lambda: work.get_work_requirement_by_id(work_requirement_id),
             operation,
+            may_be_missing=may_be_missing,
         )
 
     def task(self, task_id: str, operation: Operation) -> Task:
@@ -178,21 +201,51 @@ class Platform:
         )
 
     def pool(self, pool_id: str, operation: Operation) -> ProvisionedWorkerPool:
-        """Read a worker pool."""
+        """Read a worker pool, which may be missing."""
         workers = self.client.worker_pool_client
         pool: Any = self.call(
-            f"read the worker pool {pool_id}", lambda: workers.get_worker_pool_by_id(pool_id), operation
+            f"read the worker pool {pool_id}",
+            lambda: workers.get_worker_pool_by_id(pool_id),
+            operation,
+            may_be_missing=True,
         )
         return pool  # type: ignore[no-any-return]
 
     def compute(self, compute_requirement_id: str, operation: Operation) -> ComputeRequirement:
-        """Read a compute requirement."""
+        """Read a compute requirement, which may be missing."""
         compute = self.client.compute_client
         return self.call(
             f"read the compute requirement {compute_requirement_id}",
             lambda: compute.get_compute_requirement_by_id(compute_requirement_id),
             operation,
+            may_be_missing=True,
         )
+
+    def pool_summaries(self, namespace: str, name: str, operation: Operation) -> dict[str, WorkerPoolSummary]:
+        """List the worker pools that have a text in their names, by their ids."""
+        from yellowdog_client.model import WorkerPoolSearch
+
+        search = WorkerPoolSearch(namespaces=[namespace], name=name)
+        workers = self.client.worker_pool_client
+        found = self.call(
+            f"list the worker pools {name}*", lambda: workers.get_worker_pools(search).list_all(), operation
+        )
+        return {pool.id: pool for pool in found if pool.id is not None}
+
+    def compute_summaries(
+        self, namespace: str, name: str, operation: Operation
+    ) -> dict[str, ComputeRequirementSummary]:
+        """List the compute requirements that have a text in their names, by their ids."""
+        from yellowdog_client.model import ComputeRequirementSummarySearch
+
+        search = ComputeRequirementSummarySearch(namespaces=[namespace], name=name)
+        compute = self.client.compute_client
+        found = self.call(
+            f"list the compute requirements {name}*",
+            lambda: compute.get_compute_requirement_summaries(search).list_all(),
+            operation,
+        )
+        return {requirement.id: requirement for requirement in found if requirement.id is not None}
 
     def find_pool(self, namespace: str, name: str, operation: Operation) -> ProvisionedWorkerPool | None:
         """Look for a worker pool by its name."""
@@ -226,7 +279,7 @@ class Platform:
 
     def _find(self, what: str, function: Callable[[], _T], operation: Operation) -> _T | None:
         try:
-            return self.call(what, function, operation)
+            return self.call(what, function, operation, may_be_missing=True)
         except NotFoundError:
             return None
 
@@ -237,14 +290,16 @@ class Platform:
         cluster: ClusterSpec,
         pool: PoolPlan,
         lifetime: timedelta | None,
+        idle: timedelta,
         build: Build,
         operation: Operation,
     ) -> ProvisionedWorkerPool:
         """Provision a pool, or adopt it where an earlier try of ours did so and its answer was lost.
 
+        :param idle: see :func:`.plan.pool_request`.
         :raises NameTakenError: where something else has the pool's name.
         """
-        usage, properties = plan.pool_request(cluster, pool, lifetime, build.id)
+        usage, properties = plan.pool_request(cluster, pool, lifetime, build.id, idle)
         workers = self.client.worker_pool_client
         return self._create(
             f"provision the worker pool {pool.name}",
@@ -287,7 +342,10 @@ class Platform:
         build: Build,
         operation: Operation,
     ) -> _T:
+        first_seen: float | None = None
+
         def attempt() -> _T:
+            nonlocal first_seen
             if operation.cancelled.is_set():
                 raise BuildError(f"it was stopped before the call to {what}")
             # Noted before it is sent: whatever ends us from here on, the name will be looked up.
@@ -306,6 +364,11 @@ class Platform:
                 if found is not None and named.name in build.sent and is_ours(found):
                     log.info("The answer to the call to %s was lost; what it created was found", what)
                     return found
+                if found is None and already_exists(error):
+                    # What stands there is not known everywhere yet: it may be what an earlier try created.
+                    first_seen = first_seen or time.monotonic()
+                    if doubtful and time.monotonic() - first_seen < NOT_YET_SECONDS:
+                        raise PlatformUnreachableError(f"{named.name} exists, but cannot be found") from error
                 if found is not None or already_exists(error):
                     raise _name_taken(named, found, error) from error
                 raise
@@ -359,8 +422,34 @@ class Platform:
         """Cancel a task, and abort it where it is executing."""
         work = self.client.work_client
         self.call(
-            f"cancel the task {task_id}", lambda: work.cancel_task_by_id(task_id, abort=True), operation
+            f"cancel the task {task_id}",
+            lambda: work.cancel_task_by_id(task_id, abort=True),
+            operation,
+            may_be_missing=True,
         )
+
+    def resize_pool(self, pool_id: str, size: int, operation: Operation) -> None:
+        """Give a pool another number of nodes."""
+        workers = self.client.worker_pool_client
+        self.call(
+            f"resize the worker pool {pool_id} to {size}",
+            lambda: workers.resize_worker_pool_by_id(pool_id, size),
+            operation,
+        )
+
+    def shut_down_node(self, node_id: str, operation: Operation) -> None:
+        """Shut a node down when its running tasks have ended; one that is gone already is no error."""
+        workers = self.client.worker_pool_client
+        try:
+            self.call(
+                f"shut the node {node_id} down",
+                lambda: workers.shutdown_node_by_id(node_id),
+                operation,
+                may_be_missing=True,
+            )
+        except RayDogError as error:
+            if not already_gone(error):
+                raise
 
     # -- judging ---------------------------------------------------------------------------------------
 

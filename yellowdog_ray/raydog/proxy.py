@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 from yellowdog_ray.errors import ClusterStateError, StateError, TeardownError
-from yellowdog_ray.raydog.platform import Build, Platform
+from yellowdog_ray.raydog import events
+from yellowdog_ray.raydog.journal import Journal
+from yellowdog_ray.raydog.platform import Platform
 from yellowdog_ray.raydog.specs import (
     CREDENTIAL_PARAMETERS,
     DEFAULT_API_URL,
     Credentials,
     check_api_url,
+    key_hint,
     make,
 )
 from yellowdog_ray.raydog.state import ClusterState
-from yellowdog_ray.raydog.teardown import PoolTarget, Targets, tear_down
+from yellowdog_ray.raydog.teardown import Targets, tear_down
+from yellowdog_ray.raydog.transport import Operation
 
 __all__ = ["RayDogClusterProxy"]
 
 log = logging.getLogger(__name__)
+
+emit = events.Emitter()
 
 
 class RayDogClusterProxy:
@@ -71,61 +78,96 @@ class RayDogClusterProxy:
 
     def _load(self, state: ClusterState) -> None:
         self._state = state
-        self._targets = _targets(state)
+        self._targets = None
 
     def shut_down(self) -> None:
         """End the cluster, as :meth:`.RayDogCluster.shut_down` does.
 
-        What is already gone is no error, and the call can be repeated.
+        What is already gone is no error, and the call can be repeated. Where the cluster's own state file is
+        on this machine, what it knows beyond the loaded state is ended too, and it is removed at the end. A
+        file that was saved with :meth:`.RayDogCluster.save_state_to_json_file` is left alone.
 
         :raises ClusterStateError: where no state has been loaded.
         :raises StateError: where the platform knows nothing at all of what the state names.
         :raises TeardownError: where something may still be running; its ``still_running`` lists it.
         """
-        if self._state is None or self._targets is None:
+        if self._state is None:
             raise ClusterStateError("no saved state has been loaded into this proxy")
         credentials = self._credentials
         if not self._api_url and self._state.api_url:
             credentials = credentials.model_copy(update={"api_url": check_api_url(self._state.api_url)})
-        platform = Platform(credentials)
-        name = self._state.cluster_name or "in the saved state"
-        asked = len(self._targets.pools) + (self._targets.work_requirement_id is not None)
+        platform = Platform(credentials, self._say_retry)
+        journal = _journal(self._state)
+        title = self._state.cluster_name or self._state.title
+        operation = Operation()
+        targets = self._targets
         try:
-            known = tear_down(platform, self._targets)
-        except TeardownError:
+            if targets is None:
+                targets = self._targets = _all_targets(self._state, journal)
+            emit(events.ShutdownStarted(title, tuple(targets.items)))
+            if journal is not None:
+                # Whoever still builds it or adds to it stops then.
+                journal.note(lambda state: state.but(status="ending"))
+            asked = bool(targets.items)
+            known = tear_down(platform, targets)
+        except TeardownError as error:
+            emit(events.ShutdownFailed(title, str(error), tuple(error.still_running)))
             raise
         except BaseException:
             log.error(
                 "The shutting down of the cluster %s was interrupted. May still be running: %s. Call "
                 "shut_down() again, or `raydog shut-down` with its saved state",
-                name,
-                self._targets,
+                title,
+                targets,
             )
             raise
         finally:
             platform.close()
         if asked and not known:
             # Nothing has been ended, so that another call may not take it for done.
-            self._targets = _targets(self._state)
-            raise StateError(
-                f"{platform.host} knows nothing of the cluster {name} with this application key, so that "
-                "nothing was ended. Check that the API URL is the right one, and that the key belongs to "
-                "the account (and may see the namespace) that the cluster was built in. Where both are "
-                "right, the cluster was ended long ago and YellowDog has forgotten it"
-            )
+            self._targets = None
+            self._check_nothing_known(self._state, credentials)
+        if journal is not None:
+            journal.remove()
+        emit(events.ShutdownFinished(title, operation.elapsed))
+
+    def _check_nothing_known(self, state: ClusterState, credentials: Credentials) -> None:
+        """Raise where the platform knows nothing, and that need not mean that nothing is there."""
+        nothing_told = not state.work_requirement_id and not state.worker_pool_ids
+        if nothing_told and state.key_hint == key_hint(credentials):
+            # The build died before the platform had told any id, and this is the key that it used.
+            log.info("Nothing of the cluster %s had been created", state.title)
+            return
+        raise StateError(
+            f"{credentials.host} knows nothing of the cluster {state.title} with this application key, so "
+            "that nothing was ended. Check that the API URL is the right one, and that the key belongs to "
+            "the account (and may see the namespace) that the cluster was built in. Where both are "
+            "right, the cluster was ended long ago and YellowDog has forgotten it: remove its state file"
+        )
+
+    def _say_retry(self, what: str, reason: str) -> None:
+        title = "" if self._state is None else self._state.title
+        emit(events.CallRetried(title, what, reason))
 
 
-def _targets(state: ClusterState) -> Targets:
-    """List everything that a state names, by name and id where it has both."""
-    named = {pool.id for pool in state.pools}
-    pools = [PoolTarget(pool.name, pool.id, pool.compute_requirement_id) for pool in state.pools]
-    pools += [PoolTarget(id=pool_id) for pool_id in state.worker_pool_ids if pool_id not in named]
-    targets = Targets(work_requirement_id=state.work_requirement_id, pools=pools)
-    if state.build_id is not None:
-        targets.build = Build(state.build_id)
-        if state.work_requirement_id is None:
-            # It was asked for, perhaps, and never answered.
-            targets.work_requirement_name = state.cluster_name
-    if state.pools:
-        targets.namespace = state.cluster_namespace
+def _journal(state: ClusterState) -> Journal | None:
+    """Find the cluster's own state file, where it is on this machine."""
+    if state.state_file is None or state.build_id is None:
+        return None
+    try:
+        journal = Journal.open(Path(state.state_file))
+    except (OSError, StateError):
+        return None
+    return journal if journal.state.build_id == state.build_id else None
+
+
+def _all_targets(state: ClusterState, journal: Journal | None) -> Targets:
+    """List what the loaded state names, and what the cluster's own state file knows beyond that."""
+    targets = Targets.of(state)
+    if journal is not None:
+        newer = Targets.of(journal.state)
+        names = {pool.name for pool in newer.pools}
+        newer.pools += [pool for pool in targets.pools if pool.name not in names]
+        newer.work_requirement_id = newer.work_requirement_id or targets.work_requirement_id
+        return newer
     return targets

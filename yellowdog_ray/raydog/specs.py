@@ -7,6 +7,7 @@ documentation of its command line client).
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,7 @@ __all__ = [
     "CREDENTIAL_PARAMETERS",
     "DEFAULT_API_URL",
     "MAX_NAME",
+    "MAX_NODES",
     "MAX_TASK_GROUPS",
     "OBSERVABILITY_SUFFIX",
     "ClusterSpec",
@@ -44,6 +46,7 @@ __all__ = [
     "check_api_url",
     "check_count",
     "check_duration",
+    "key_hint",
     "make",
 ]
 
@@ -318,15 +321,25 @@ def check_duration(value: Any, name: str) -> timedelta | None:
     return value
 
 
-def check_count(value: Any, name: str, most: int) -> int:
+def key_hint(credentials: Credentials) -> str:
+    """Return a part of the hash of an application key's id, by which a wrong key can be told."""
+    return hashlib.sha256(credentials.key_id.encode()).hexdigest()[:12]
+
+
+def check_count(
+    value: Any,
+    name: str,
+    most: int,
+    least: int = 0,
+    reason: str = "the number of worker nodes of this cluster",
+) -> int:
     """Check a number of nodes.
 
-    :raises SpecError: where it is no whole number from 0 to ``most``.
+    :param reason: what the highest number is.
+    :raises SpecError: where it is no whole number from ``least`` to ``most``.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise SpecError(f"{name}: a whole number is needed, not {type(value).__name__}")
-    if not 0 <= value <= most:
-        raise SpecError(
-            f"{name}: {value} is not from 0 to {most}, the number of worker nodes of this cluster"
-        )
+    if not least <= value <= most:
+        raise SpecError(f"{name}: {value} is not from {least} to {most}, {reason}")
     return value

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from yellowdog_ray.errors import SpecError, StateError
 from yellowdog_ray.raydog.specs import MAX_NAME, RayAuth, check_api_url
 
-__all__ = ["FORMAT_VERSION", "ClusterState", "PoolState"]
+__all__ = ["FORMAT_VERSION", "ClusterState", "PoolState", "write_private"]
 
 FORMAT_VERSION = 1
 
@@ -48,7 +49,12 @@ class PoolState(BaseModel):
     """What is known of one pool.
 
     :param name: its name on the platform, also that of its compute requirement.
-    :param id: its id; None while the platform has not told it.
+    :param node_count: how many nodes it is to have.
+    :param id: its id; None while the platform has not told it. It may exist nevertheless.
+    :param template: the compute requirement template of its nodes.
+    :param group_id: the id of its task group.
+    :param tasks_counted: how many names of tasks have been given away in its group.
+    :param node_id: of the head's and the observability node's pool: its node, addresses and task.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
@@ -60,6 +66,13 @@ class PoolState(BaseModel):
     node_count: int
     id: WorkerPoolId | None = None
     compute_requirement_id: ComputeRequirementId | None = None
+    template: str | None = None
+    group_id: str | None = None
+    tasks_counted: int = 0
+    node_id: str | None = None
+    private_ip: str | None = None
+    public_ip: str | None = None
+    task_id: str | None = None
 
 
 class ClusterState(BaseModel):
@@ -69,6 +82,15 @@ class ClusterState(BaseModel):
     :param ray_auth: whether Ray's token authentication is on. The token itself is not here.
     :param build_id: by which what is found under a name is recognised as this cluster's.
     :param pools: every pool with its name; empty in files of the existing package.
+    :param status: how far the cluster is. One that is being built may be there in part.
+    :param worker_pools_counted: how many numbers of worker pools have been given away; none is used twice.
+    :param created: when its build began, by the clock of the building machine.
+    :param lifetime_ends: when the platform ends it; None for never.
+    :param failure: why it has ended by itself.
+    :param saved: when this was written; what was asked for just before may still come into being.
+    :param state_file: the file in which the cluster itself keeps its state up to date, on the machine that
+        built it.
+    :param key_hint: a part of the hash of the application key's id, to tell a wrong key by.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
@@ -84,12 +106,54 @@ class ClusterState(BaseModel):
     ray_auth: RayAuth | None = None
     build_id: Annotated[str, Field(pattern=r"^[0-9a-f]+$")] | None = None
     pools: list[PoolState] = []
+    status: Literal["building", "running", "ending"] = "running"
+    worker_pools_counted: int = 0
+    created: datetime | None = None
+    lifetime_ends: datetime | None = None
+    failure: str | None = None
+    saved: datetime | None = None
+    state_file: str | None = None
+    key_hint: str | None = None
 
     @model_validator(mode="after")
     def _names_can_be_looked_up(self) -> ClusterState:
         if self.pools and not all(_is_name(value) for value in (self.cluster_name, self.cluster_namespace)):
             raise ValueError("cluster_name and cluster_namespace have to be YellowDog names")
         return self
+
+    @property
+    def title(self) -> str:
+        """What messages call the cluster."""
+        if self.cluster_name is None:
+            return f"of the work requirement {self.work_requirement_id}"
+        return (
+            f"{self.cluster_namespace}/{self.cluster_name}" if self.cluster_namespace else self.cluster_name
+        )
+
+    def pool(self, name: str) -> PoolState | None:
+        """Find a pool by its name on the platform."""
+        return next((pool for pool in self.pools if pool.name == name), None)
+
+    def but(self, **values: Any) -> ClusterState:
+        """Return the same state with other values."""
+        return self.model_copy(update=values)
+
+    def with_pools(self, *pools: PoolState) -> ClusterState:
+        """Return the same state with these pools, each in the place of the one of its name."""
+        by_name = {pool.name: pool for pool in self.pools}
+        by_name.update({pool.name: pool for pool in pools})
+        return self._having(list(by_name.values()))
+
+    def without_pools(self, *names: str) -> ClusterState:
+        """Return the same state without the pools of these names."""
+        return self._having([pool for pool in self.pools if pool.name not in names])
+
+    def _having(self, pools: list[PoolState]) -> ClusterState:
+        known = {pool.id for pool in self.pools}
+        others = [pool_id for pool_id in self.worker_pool_ids if pool_id not in known]
+        return self.but(
+            pools=pools, worker_pool_ids=others + [pool.id for pool in pools if pool.id is not None]
+        )
 
     def to_json(self) -> str:
         """Write the state as JSON text."""
@@ -141,18 +205,7 @@ class ClusterState(BaseModel):
 
         :raises OSError: where the file cannot be written.
         """
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_private(Path(path), self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClusterState:
@@ -162,3 +215,21 @@ class ClusterState(BaseModel):
         :raises OSError: where it cannot be read.
         """
         return cls.from_json(Path(path).read_bytes(), source=f"the file {os.fspath(path)}")
+
+
+def write_private(target: Path, text: str) -> None:
+    """Write a file whole or not at all, readable by its owner alone (mode 0600).
+
+    :raises OSError: where it cannot be written.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

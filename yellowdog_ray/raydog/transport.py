@@ -36,9 +36,13 @@ _T = TypeVar("_T")
 
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0
+# How many calls may be under way at once, each with a connection of its own.
+CONNECTIONS = 16
 # How long one call is tried again before its last error is raised.
 RETRY_SECONDS = 30.0
-FIRST_PAUSE = 0.1
+# How long something that has just been created may be unknown to the platform.
+NOT_YET_SECONDS = 2.0
+FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 2.0
 _FIRST_RETRY = 0.1
 _LONGEST_RETRY = 2.0
@@ -77,9 +81,9 @@ class Operation:
 
 
 class Pause:
-    """Adaptive waiting: 0.1 s at first, then a twentieth of the time waited so far, 2 s at most.
+    """Adaptive waiting: 0.05 s at first, then a fortieth of the time waited so far, 2 s at most.
 
-    So a wait of any length is overshot by a twentieth at most, and a long one costs few calls.
+    So a wait of any length is overshot by a fortieth at most, and a long one costs few calls.
     """
 
     def __init__(self, operation: Operation) -> None:
@@ -88,7 +92,7 @@ class Pause:
 
     def sleep(self) -> None:
         """Wait for the next look, but not past the operation's end."""
-        seconds = min(LONGEST_PAUSE, max(FIRST_PAUSE, (time.monotonic() - self._started) / 20))
+        seconds = min(LONGEST_PAUSE, max(FIRST_PAUSE, (time.monotonic() - self._started) / 40))
         remaining = self._operation.remaining
         time.sleep(seconds if remaining is None else min(seconds, remaining))
 
@@ -96,8 +100,9 @@ class Pause:
 class Transport:
     """The SDK's client, made when it is first needed, and calls through it."""
 
-    def __init__(self, credentials: Credentials) -> None:
+    def __init__(self, credentials: Credentials, on_retry: Callable[[str, str], None] | None = None) -> None:
         self.credentials = credentials
+        self._on_retry = on_retry
         self._client: PlatformClient | None = None
         self._lock = threading.Lock()
         self._clock: float | None = None
@@ -127,26 +132,43 @@ class Transport:
         return datetime.fromtimestamp(self._clock + time.monotonic(), timezone.utc)
 
     def call(
-        self, what: str, function: Callable[[], _T], operation: Operation, seconds: float | None = None
+        self,
+        what: str,
+        function: Callable[[], _T],
+        operation: Operation,
+        *,
+        may_be_missing: bool = False,
     ) -> _T:
         """Make a call, again and again while its faults are transient, and raise what it ended with.
 
+        It is tried for 30 s, or until the operation's end.
+
         :param what: what the call does, for the error: "provision the worker pool x".
-        :param seconds: how long it is tried; None for the usual 30 s. The operation's end cuts it short.
+        :param may_be_missing: whether "not found" is an answer. Else it is believed after 2 s only, for what
+            has just been created need not be known everywhere on the platform.
         :raises RayDogError: one of :mod:`yellowdog_ray.errors`, never an error of the SDK.
         """
-        limit = RETRY_SECONDS if seconds is None else seconds
+        limit = RETRY_SECONDS
         if operation.remaining is not None:
             limit = min(limit, operation.remaining)
+
+        def worth_retrying(state: tenacity.RetryCallState) -> bool:
+            error = _outcome(state)
+            if error is None:
+                return False
+            if not may_be_missing and _status(error) == 404:
+                return (state.seconds_since_start or 0.0) < NOT_YET_SECONDS
+            return transient(error)
+
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(transient),
+            retry=worth_retrying,
             stop=tenacity.stop_any(
                 tenacity.stop_after_delay(limit), tenacity.stop_when_event_set(operation.cancelled)
             ),
             # Never past the limit: the last try is made at it.
             wait=lambda state: min(_wait(state), max(0.0, limit - (state.seconds_since_start or 0.0))),
             sleep=tenacity.sleep_using_event(operation.cancelled),
-            before_sleep=lambda state: log.info("Trying again to %s: %s", what, _outcome(state)),
+            before_sleep=lambda state: self._note_retry(what, state),
             reraise=True,
         )
         try:
@@ -155,6 +177,11 @@ class Transport:
             raise
         except Exception as error:
             raise _readable(what, error, self.credentials) from error
+
+    def _note_retry(self, what: str, state: tenacity.RetryCallState) -> None:
+        error = _outcome(state)
+        if self._on_retry is not None and isinstance(error, Exception):
+            self._on_retry(what, _told(error))
 
     def _connect(self) -> PlatformClient:
         import requests
@@ -173,10 +200,19 @@ class Transport:
             ),
             ApiKey(self.credentials.key_id, self.credentials.key_secret.get_secret_value()),
         )
-        # The SDK keeps its session to itself. Without it the platform's clock is taken to be ours.
+        # The SDK keeps its session to itself. Without it the platform's clock is taken to be ours, and
+        # connections come and go.
         session = getattr(client, "_PlatformClient__session", None)
         if isinstance(session, requests.Session):
             session.hooks["response"].append(self._note_clock)
+            # What the environment says of proxies and certificates is read once, and not at every call. Nor
+            # does a ~/.netrc replace the application key then.
+            found = session.merge_environment_settings(self.credentials.api_url, {}, None, None, None)
+            session.proxies, session.verify, session.trust_env = found["proxies"], found["verify"], False
+            adapter = session.get_adapter(self.credentials.api_url)
+            if isinstance(adapter, requests.adapters.HTTPAdapter):
+                # It keeps ten connections, and says so in the log when there are more.
+                adapter.init_poolmanager(CONNECTIONS, CONNECTIONS)
         return client
 
     def _note_clock(self, response: Any, *_args: Any, **_kwargs: Any) -> None:

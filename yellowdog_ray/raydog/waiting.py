@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from yellowdog_ray.errors import NotFoundError, WaitTimeoutError
-from yellowdog_ray.raydog.assembly import BuiltPool
+from yellowdog_ray.errors import NotFoundError, RayDogError, WaitTimeoutError
+from yellowdog_ray.raydog import events
 from yellowdog_ray.raydog.platform import Platform, task_failure
+from yellowdog_ray.raydog.pools import BuiltPool
 from yellowdog_ray.raydog.transport import Operation, Pause
 
 if TYPE_CHECKING:
-    from yellowdog_client.model import WorkRequirement
+    from yellowdog_client.model import Task, WorkRequirement
 
-__all__ = ["wait_for_workers"]
+    from yellowdog_ray.raydog.reach import Reach
+
+__all__ = ["Wait", "WorkerCount", "wait_for_ray"]
+
+log = logging.getLogger(__name__)
 
 _LOOK_FOR_REASONS = 1.0
+# For how long Ray on the head may give no answer, with all tasks executing, before the tasks are what counts.
+_RAY_PATIENCE = 120.0
+
+Source = Literal["ray", "tasks"]
+
+
+class WorkerCount(int):
+    """A number of workers, and who counted them.
+
+    ``source`` is ``"ray"`` for nodes that Ray itself reports alive, and ``"tasks"`` for worker tasks that
+    execute on the platform.
+    """
+
+    source: Source
+
+    def __new__(cls, count: int, source: Source) -> WorkerCount:
+        self = super().__new__(cls, count)
+        self.source = source
+        return self
 
 
 @dataclass
@@ -42,78 +67,156 @@ def _tally(requirement: WorkRequirement, pools: Iterable[BuiltPool]) -> _Tally:
         counts = (group.taskSummary.statusCounts if group is not None and group.taskSummary else None) or {}
         executing = sum(number for status, number in counts.items() if status.name == "EXECUTING")
         ended = sum(number for status, number in counts.items() if status.finished)
-        coming = max(0, pool.plan.node_count - executing - ended)
+        unfinished = sum(counts.values()) - ended
+        # Of a pool that was scaled down or up, tasks have ended that nobody misses.
+        coming = max(0, (unfinished if counts else pool.node_count) - executing)
         tally.executing += executing
         tally.coming += coming
-        if ended:
+        if ended and unfinished < pool.node_count:
             tally.failed.append(pool)
         if coming:
             tally.missing.append((pool, coming))
     return tally
 
 
-def wait_for_workers(
-    platform: Platform,
-    work_requirement_id: str,
-    head: BuiltPool,
-    pools: Iterable[BuiltPool],
-    *,
-    count: int,
-    operation: Operation,
-) -> int:
-    """Wait until so many worker tasks execute.
+@dataclass
+class Wait:
+    """One wait for workers.
 
-    :returns: how many do.
-    :raises WaitTimeoutError: where they have not come in time, or cannot come any more.
+    :param work_requirement_id: the cluster's.
+    :param count: how many there have to be.
+    :param reach: the way to the head, by which Ray is asked; None where there is none.
+    :param output: fetches the end of the output of a task, as far as it can be had.
     """
-    pools = list(pools)
+
+    platform: Platform
+    cluster: str
+    work_requirement_id: str
+    head: BuiltPool
+    pools: list[BuiltPool]
+    count: int
+    operation: Operation
+    emit: events.Emitter
+    reach: Reach | None = None
+    output: Callable[[Task], str | None] = lambda task: None
+    _ray_silent_since: float | None = None
+    _said: tuple[int, Source] | None = None
+
+    def run(self) -> WorkerCount:
+        """Wait until there are so many workers.
+
+        :returns: how many there are, and who counted them.
+        :raises WaitTimeoutError: where they have not come in time, or cannot come any more.
+        """
+        pause = Pause(self.operation)
+        next_reasons = _LOOK_FOR_REASONS
+        while True:
+            requirement = self.platform.work_requirement(self.work_requirement_id, self.operation)
+            tally = _tally(requirement, self.pools)
+            have = self._count(tally)
+            if self._said != (have, have.source):
+                self._said = (int(have), have.source)
+                self.emit(events.WorkersCounted(self.cluster, int(have), self.count, have.source))
+            if have >= self.count:
+                return have
+            unit = "workers are alive in Ray" if have.source == "ray" else "workers are executing"
+            there = f"{have} of {self.count} {unit} after {self.operation.elapsed:.1f} s"
+            over = requirement.status is not None and requirement.status.finished
+            if over or tally.executing + tally.coming < self.count:
+                reasons = self._failures(tally.failed) or [f"the work requirement is {requirement.status}"]
+                raise WaitTimeoutError(f"{there}, and no more can come: {'; '.join(reasons)}")
+            if self.operation.elapsed >= next_reasons:
+                next_reasons = self.operation.elapsed + max(_LOOK_FOR_REASONS, self.operation.elapsed / 4)
+                self._check_reasons(tally, there)
+            if self.operation.expired:
+                waiting = ", ".join(pool.plan.internal_name for pool, _ in tally.missing)
+                raise WaitTimeoutError(
+                    f"{there}; still waiting for workers of {waiting}"
+                    if waiting
+                    else f"{there}; all tasks are executing, and Ray on some has not joined the head: "
+                    "get_logs() shows what they print"
+                )
+            pause.sleep()
+
+    def _count(self, tally: _Tally) -> WorkerCount:
+        if self.reach is None:
+            return WorkerCount(tally.executing, "tasks")
+        try:
+            nodes = self.reach.ray_nodes()
+        except (RayDogError, OSError) as error:
+            elapsed = self.operation.elapsed
+            if tally.executing < self.count:
+                self._ray_silent_since = None
+            elif self._ray_silent_since is None:
+                self._ray_silent_since = elapsed
+            elif elapsed - self._ray_silent_since > _RAY_PATIENCE:
+                log.warning("Ray on the head cannot be asked, so that the tasks are counted: %s", error)
+                return WorkerCount(tally.executing, "tasks")
+            return WorkerCount(0, "ray")
+        self._ray_silent_since = None
+        return WorkerCount(sum(node.alive and not node.is_head for node in nodes), "ray")
+
+    def _check_reasons(self, tally: _Tally, there: str) -> None:
+        self._check_head(there)
+        reasons = []
+        for pool, coming in tally.missing:
+            reason = self.platform.why_no_nodes(str(pool.id), pool.plan.name, self.operation)
+            if reason is not None:
+                reasons.append(reason)
+                tally.coming -= coming
+        if tally.executing + tally.coming < self.count:
+            raise WaitTimeoutError(f"{there}, and no more can come: {'; '.join(reasons)}")
+        names = ", ".join(pool.plan.internal_name for pool, _ in tally.missing)
+        self.emit(
+            events.Waiting(
+                self.cluster, f"workers of {names}" if names else "Ray on the workers", self.operation.elapsed
+            )
+        )
+
+    def _check_head(self, there: str) -> None:
+        try:
+            task = self.platform.task(str(self.head.task_id), self.operation)
+        except NotFoundError:
+            raise WaitTimeoutError(f"{there}, and no more can come: the head node's task is gone") from None
+        if task.status is not None and task.status.finished:
+            reason = task_failure(task, "the head node's task", self.head.private_ip)
+            raise WaitTimeoutError(f"{there}, and no more can come: {reason}")
+
+    def _failures(self, pools: Iterable[BuiltPool]) -> list[str]:
+        """Tell, for each pool of which a worker has ended, how the first one did."""
+        operation = Operation(10.0)
+        reasons = []
+        for pool in pools:
+            tasks = self.platform.tasks(str(pool.group_id), operation)
+            ended = [task for task in tasks if task.status is not None and task.status.finished]
+            if ended:
+                rest = len(ended) - 1
+                more = f" (and {rest} more of {pool.plan.internal_name})" if rest else ""
+                tail = self.output(ended[0])
+                end = f"\n{tail}" if tail else ""
+                reasons.append(f"{task_failure(ended[0], 'the worker task', None)}{more}{end}")
+        return reasons
+
+
+def wait_for_ray(
+    platform: Platform, head: BuiltPool, reach: Reach, operation: Operation, emit: Callable[[float], None]
+) -> None:
+    """Wait until Ray on the head answers that it is healthy.
+
+    :param emit: called now and then with the seconds that it has been waited for.
+    :raises WaitTimeoutError: where its task ends, or the time is over.
+    """
     pause = Pause(operation)
-    next_reasons = _LOOK_FOR_REASONS
-    while True:
-        requirement = platform.work_requirement(work_requirement_id, operation)
-        tally = _tally(requirement, pools)
-        if tally.executing >= count:
-            return tally.executing
-        have = f"{tally.executing} of {count} workers are executing after {operation.elapsed:.1f} s"
-        over = requirement.status is not None and requirement.status.finished
-        if over or tally.executing + tally.coming < count:
-            reasons = _failures(platform, tally.failed) or [f"the work requirement is {requirement.status}"]
-            raise WaitTimeoutError(f"{have}, and no more can come: {'; '.join(reasons)}")
-        if operation.elapsed >= next_reasons:
-            next_reasons = operation.elapsed + max(_LOOK_FOR_REASONS, operation.elapsed / 4)
-            _check_head(platform, head, have, operation)
-            reasons = []
-            for pool, coming in tally.missing:
-                reason = platform.why_no_nodes(str(pool.id), pool.plan.name, operation)
-                if reason is not None:
-                    reasons.append(reason)
-                    tally.coming -= coming
-            if tally.executing + tally.coming < count:
-                raise WaitTimeoutError(f"{have}, and no more can come: {'; '.join(reasons)}")
+    next_look = _LOOK_FOR_REASONS
+    while (answer := reach.health()) is not None:
+        if operation.elapsed >= next_look or operation.expired:
+            next_look = operation.elapsed + _LOOK_FOR_REASONS
+            emit(operation.elapsed)
+            task = platform.task(str(head.task_id), Operation(10.0))
+            if task.status is not None and task.status.finished:
+                raise task_failure(task, "the head node's task", head.private_ip)
         if operation.expired:
-            waiting = ", ".join(pool.plan.internal_name for pool, _ in tally.missing)
-            raise WaitTimeoutError(f"{have}; still waiting for workers of {waiting}")
+            raise WaitTimeoutError(
+                f"Ray on the head did not answer after {operation.elapsed:.1f} s: {answer}"
+            )
         pause.sleep()
-
-
-def _check_head(platform: Platform, head: BuiltPool, have: str, operation: Operation) -> None:
-    try:
-        task = platform.task(str(head.task_id), operation)
-    except NotFoundError:
-        raise WaitTimeoutError(f"{have}, and no more can come: the head node's task is gone") from None
-    if task.status is not None and task.status.finished:
-        reason = task_failure(task, "the head node's task", head.private_ip)
-        raise WaitTimeoutError(f"{have}, and no more can come: {reason}")
-
-
-def _failures(platform: Platform, pools: Iterable[BuiltPool]) -> list[str]:
-    """Tell, for each pool of which a worker has ended, how the first one did."""
-    operation = Operation(10.0)
-    reasons = []
-    for pool in pools:
-        tasks = platform.tasks(str(pool.group_id), operation)
-        ended = [task for task in tasks if task.status is not None and task.status.finished]
-        if ended:
-            more = f" (and {len(ended) - 1} more of {pool.plan.internal_name})" if len(ended) > 1 else ""
-            reasons.append(f"{task_failure(ended[0], 'the worker task', None)}{more}")
-    return reasons

@@ -119,35 +119,77 @@ def own_keys() -> list[tuple[paramiko.PKey, str]]:
     return keys[:5]
 
 
-def connect(host: str, port: int, host_key: HostKey | None) -> paramiko.Transport:
+def keys_to_try(
+    key_file: str | None, passphrase: str | None, password: str | None
+) -> list[tuple[paramiko.PKey, str]]:
+    """List the keys to log in with: that of a file, or the user's own without a file and a password.
+
+    :param key_file: the file of a private key; ``~`` is the user's home.
+    :param passphrase: what opens that file, where it is encrypted.
+    :returns: each with where it is from.
+    :raises TunnelError: where the file is of no use, or there is neither a key nor a password.
+    """
+    if key_file:
+        path = os.path.expanduser(key_file)
+        return [(load_key(path, passphrase), path)]
+    keys = [] if password else own_keys()
+    if not keys and not password:
+        raise TunnelError(
+            "SSH needs a key or a password: give private_key_file or password. The SSH agent has no key, "
+            "and ~/.ssh none that is unencrypted"
+        )
+    return keys
+
+
+def connect(
+    host: str, port: int, host_key: HostKey | None, timeout: float | None = None
+) -> paramiko.Transport:
     """Connect to an SSH server and check its key; nobody is logged in yet.
 
     :param host_key: the key that it must have; any if None.
+    :param timeout: seconds, for each of: TCP, the server's banner, the key exchange, each later login; 15 by
+        default.
     :raises TunnelError: with the reason; nothing is left open then.
     """
+    timeout = CONNECT_TIMEOUT if timeout is None else timeout
     where = f"{host}:{port}"
     try:
-        sock = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT)
+        sock = socket.create_connection((host, port), timeout=timeout)
     except socket.gaierror as error:
         raise TunnelError(f"The name {host!r} cannot be resolved: {error.strerror}") from error
     except TimeoutError as error:
         raise TunnelError(
-            f"{where} did not answer within {CONNECT_TIMEOUT:g} s. Is the node up, is the address the right "
+            f"{where} did not answer within {timeout:g} s. Is the node up, is the address the right "
             "one (public or private), and do its firewalls let this machine in?"
         ) from error
     except OSError as error:
         raise TunnelError(
             f"No connection to {where}: {error.strerror or error}. Does sshd listen there?"
         ) from error
-    transport = None
-    try:
+    # If these fail, the connection has ended already: what follows says so.
+    with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT)
+    return start_ssh(sock, where, host_key, timeout)
+
+
+def start_ssh(
+    sock: socket.socket | paramiko.Channel, where: str, host_key: HostKey | None, timeout: float
+) -> paramiko.Transport:
+    """Speak SSH over an open connection, perhaps a channel of another one, and check the server's key.
+
+    :param where: the server's name, for messages.
+    :param host_key: the key that it must have; any if None.
+    :param timeout: seconds, for each of: the server's banner, the key exchange, each later login.
+    :raises TunnelError: with the reason; the connection is closed then.
+    """
+    transport = None
+    try:
         transport = paramiko.Transport(sock)
         transport.set_log_channel(quiet_log.name)
         transport.daemon = True
-        transport.banner_timeout = transport.auth_timeout = CONNECT_TIMEOUT
+        transport.banner_timeout = transport.auth_timeout = timeout
         options = transport.get_security_options()
         options.ciphers = sorted(
             options.ciphers, key=lambda name: "aes128-gcm" not in name
@@ -155,7 +197,7 @@ def connect(host: str, port: int, host_key: HostKey | None) -> paramiko.Transpor
         if host_key is not None:  # a server may have several keys: ask for this kind
             kinds = ["rsa-sha2-512", "rsa-sha2-256"] if host_key.kind == "ssh-rsa" else [host_key.kind]
             options.key_types = sorted(options.key_types, key=lambda name: name not in kinds)
-        transport.start_client(timeout=CONNECT_TIMEOUT)
+        transport.start_client(timeout=timeout)
         remote = transport.get_remote_server_key()
         found = HostKey(remote.get_name(), remote.asbytes())
         if host_key is not None and found != host_key:
@@ -261,3 +303,79 @@ def ask_http(transport: paramiko.Transport, port: int, path: str) -> str:
         return f"nothing listens on port {port}"
     except (paramiko.SSHException, EOFError, OSError) as error:
         return f"port {port} does not answer ({str(error) or type(error).__name__})"
+
+
+def open_tcp(transport: paramiko.Transport, host: str, port: int, timeout: float) -> paramiko.Channel:
+    """Open a TCP connection from the SSH server to a port, of itself or of another machine.
+
+    :param timeout: seconds, for the opening and then for each read and write.
+    :raises TunnelError: with the reason.
+    """
+    try:
+        channel = transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=timeout)
+    except paramiko.ChannelException as error:
+        if error.code == paramiko.common.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED:
+            raise TunnelError(
+                f"The SSH server of the head forbids connections to {host}:{port}: its sshd_config needs "
+                "'AllowTcpForwarding yes'"
+            ) from error
+        raise TunnelError(f"The head cannot connect to {host}:{port}: nothing listens there") from error
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise TunnelError(f"The head did not connect to {host}:{port}: {reason}") from error
+    channel.settimeout(timeout)
+    return channel
+
+
+def run(transport: paramiko.Transport, command: str, timeout: float) -> tuple[int, bytes, str]:
+    """Run a command on the SSH server.
+
+    :param timeout: seconds until it must have ended.
+    :returns: its exit status, its output and what it wrote to its error stream.
+    :raises TunnelError: where it could not be run or did not end in time.
+    """
+    where = "{}:{}".format(*transport.getpeername()[:2])
+    try:
+        with transport.open_session(timeout=timeout) as channel:
+            expired = threading.Event()
+
+            def expire() -> None:
+                expired.set()
+                channel.close()
+
+            # paramiko waits for some of the answers without any limit, but not on a closed channel.
+            timer = threading.Timer(timeout, expire)
+            timer.daemon = True
+            timer.start()
+            try:
+                channel.exec_command(command)
+                channel.shutdown_write()
+                output = b"".join(iter(lambda: channel.recv(1 << 16), b""))
+                errors = b"".join(iter(lambda: channel.recv_stderr(1 << 16), b""))
+                status = channel.recv_exit_status()
+            finally:
+                timer.cancel()
+                if expired.is_set():
+                    raise TunnelError(f"A command on {where} did not end within {timeout:g} s")
+    except TunnelError:
+        raise
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise TunnelError(f"A command could not be run on {where}: {reason}") from error
+    if status < 0:
+        raise TunnelError(f"The connection to {where} ended while a command ran")
+    return status, output, errors.decode(errors="replace").strip()
+
+
+def is_alive(transport: paramiko.Transport, timeout: float = 3.0) -> bool:
+    """Tell whether an SSH server still answers; a connection may have died without either end being told.
+
+    :param timeout: seconds to wait for its answer.
+    """
+    try:
+        transport.open_session(timeout=timeout).close()
+    except paramiko.ChannelException:
+        pass  # it refuses another session: that is an answer
+    except (paramiko.SSHException, EOFError, OSError):
+        return False
+    return True

@@ -1,11 +1,12 @@
 #!/bin/bash
-# The task of a RayDog cluster's worker node: joins the head, and runs until the task is aborted or the
-# head is gone.
+# The task of a RayDog cluster's worker node: joins the head, and runs until the task is aborted, Ray ends,
+# the head is gone, or the node has left the cluster. In the last two cases it fails, and says why.
 #
 # Reads from its environment:
 #   YD_AGENT_HOME              set by the YellowDog agent; Ray is in its venv
 #   RAY_HEAD_IP                the head's private address (RAY_HEAD_NODE_PRIVATE_IP, its older name, will do)
 #   RAYDOG_HEAD_WAIT_SECONDS   how long to wait for the head to listen; 600 if it is not set
+#   RAYDOG_HEAD_GONE_SECONDS   how long the head may be silent before the node leaves; 60 if it is not set
 #   RAY_AUTH_MODE, RAY_AUTH_TOKEN   the cluster's token, where it is protected by one
 
 set -u
@@ -34,8 +35,11 @@ fi
 # not act on a signal meanwhile: each try has its own time, in the background.
 seconds="${RAYDOG_HEAD_WAIT_SECONDS:-600}"
 deadline=$((SECONDS + seconds))
+try_head() {
+    timeout "$1" bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$head_ip" "$head_port" >/dev/null 2>&1
+}
 head_listens() {
-    timeout 2 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$head_ip" "$head_port" 2>/dev/null &
+    try_head 2 &
     wait $!
 }
 until head_listens; do
@@ -50,6 +54,8 @@ done
 # From here on there is a Ray to stop. Bash runs a trap only when its foreground child has ended: Ray
 # runs in the background, and Bash waits.
 stop_ray() {
+    trap '' USR1
+    [ -z "$watcher" ] || kill "$watcher" 2>/dev/null
     [ -z "$ray" ] || kill "$ray" 2>/dev/null
     ray stop --grace-period 5 >/dev/null 2>&1
     # `ray start --block` goes on where all that it watched has ended in order.
@@ -57,10 +63,63 @@ stop_ray() {
     echo "Ray stopped"
 }
 ray=""
+watcher=""
 trap stop_ray EXIT
+trap 'exit 1' USR1
 
 ray start --block \
     --address="$head_ip:$head_port" \
     --metrics-export-port=8080 &
 ray=$!
+
+# `ray start` ends a minute after the head has, but never after its own raylet has ended in order, as it does
+# when Ray drains the node: the task would run, and cost, for nothing. So neither is left to it alone.
+raylet_lives() {
+    { read -r line <"/proc/$raylet/stat"; } 2>/dev/null && [[ $line == "$raylet (raylet) "[!ZX]* ]]
+}
+find_raylet() {
+    local file
+    for file in /proc/[0-9]*/stat; do
+        # The process, its name, its state and its parent.
+        if { read -r line <"$file"; } 2>/dev/null && [[ $line == *" (raylet) "?" $ray "* ]]; then
+            raylet="${line%% *}"
+            return
+        fi
+    done
+}
+watch() {
+    local limit="${RAYDOG_HEAD_GONE_SECONDS:-60}" heard=$SECONDS refused=0 ended=0 raylet="" line
+    local pause=$((limit < 4 ? 1 : limit < 20 ? limit / 4 : 5))
+    # Waiting for a line that never comes needs no process that could be left behind.
+    exec 9<> <(:)
+    while kill -0 "$ray" 2>/dev/null; do
+        read -rt "$pause" -u 9
+        if try_head 5; then
+            heard=$SECONDS refused=0
+        else
+            refused=$((refused + 1))
+        fi
+        if [ -z "$raylet" ]; then
+            find_raylet
+        elif raylet_lives; then
+            ended=0
+        else
+            ended=$((ended + 1))
+        fi
+        # One look is not enough: the clock may be set, and `ray start` gets the time to see it itself.
+        if [ "$refused" -ge 2 ] && [ $((SECONDS - heard)) -ge "$limit" ]; then
+            echo "This node leaves: the Ray head at $head_ip port $head_port has not accepted a connection" \
+                "for $((SECONDS - heard)) s" >&2
+        elif [ "$ended" -ge 2 ]; then
+            echo "This node leaves: its raylet has ended, so that it is no part of the cluster any more." \
+                "Ray may have drained it; its log is raylet.out in Ray's log directory" >&2
+        else
+            continue
+        fi
+        kill -USR1 $$
+        return
+    done
+}
+watch &
+watcher=$!
 wait "$ray"

@@ -1,0 +1,304 @@
+"""LocalControlPlane: the platform without nodes, for tests and measurements of what talks to it.
+
+The HTTP API and the scheduler are those of the local platform; the machines are told about only. Whole
+clusters of thousands of nodes come and go in moments, and calls can be made to go wrong.
+
+``python -m yellowdog_ray.local.control_plane`` serves one from a process of its own: it prints what a client
+needs as one line of JSON, and ends when its standard input does, or with SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import uvicorn
+
+from yellowdog_ray.errors import ClusterStateError, SpecError
+from yellowdog_ray.local.api import create_app
+from yellowdog_ray.local.asks import RefusedError
+from yellowdog_ray.local.core import ControlPlane
+from yellowdog_ray.local.events import StartNode
+from yellowdog_ray.local.faults import Fault, Faults
+from yellowdog_ray.local.platform import bind_loopback
+from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions, Template
+from yellowdog_ray.local.simulated import SimulatedBackend
+from yellowdog_ray.local.web import Call, handler
+
+__all__ = ["DEFAULT_TEMPLATE", "LocalControlPlane"]
+
+DEFAULT_TEMPLATE = Template(
+    namespace="local",
+    name="node",
+    id=f"ydid:crt:000000:{uuid.uuid5(uuid.NAMESPACE_DNS, 'local/node')}",
+    instance_type="local",
+    vcpus=1,
+    ram=1,
+    region="local",
+)
+"""The template that a control plane has when it is not told others."""
+
+_CALL_SECONDS = 30.0
+_CLOSE_SECONDS = 10.0
+
+T = TypeVar("T")
+
+
+class LocalControlPlane:
+    """A YellowDog-compatible platform on this machine whose nodes are simulated.
+
+    Use it as a context manager, or call :meth:`start` and :meth:`close`. It listens on 127.0.0.1 and runs
+    in a thread of its own. Once started, it has these attributes for tests: ``faults``, the
+    :class:`~yellowdog_ray.local.faults.Faults` of its calls; ``backend``, its
+    :class:`~yellowdog_ray.local.simulated.SimulatedBackend`; ``core``, its
+    :class:`~yellowdog_ray.local.core.ControlPlane`, and ``loop``, on which alone it may be touched
+    (see :meth:`call`).
+
+    :param options: choices where YellowDog's behaviour is not documented; None for the defaults.
+    :param templates: its compute requirement templates.
+    :param boot_delay: seconds from a node's start to its registration.
+    :param start_delay: seconds from a task's start to its process.
+    :param stop_delay: seconds that ending a node or an aborted task takes.
+    :param fail_boot: says, for a node's start, why it fails; None lets it succeed.
+    :param latency: seconds by which every call is delayed.
+    :param key_id: the id of the application key that it accepts; None for a new one.
+    :param secret: the secret of that key; None for a new one.
+    :param port: the TCP port of its API; 0 for a free one.
+    """
+
+    core: ControlPlane
+    backend: SimulatedBackend
+    faults: Faults
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(
+        self,
+        options: SchedulerOptions | None = None,
+        templates: Sequence[Template] = (DEFAULT_TEMPLATE,),
+        *,
+        boot_delay: float = 0.02,
+        start_delay: float = 0.01,
+        stop_delay: float = 0.01,
+        fail_boot: Callable[[StartNode], str | None] | None = None,
+        latency: float = 0.0,
+        key_id: str | None = None,
+        secret: str | None = None,
+        port: int = 0,
+    ) -> None:
+        self.key_id = key_id or str(uuid.uuid4())
+        self.secret = secret or secrets.token_urlsafe(32)
+        self._scheduler = Scheduler(options)
+        for template in templates:
+            self._scheduler.add_template(template)
+        self._templates = list(templates)
+        self._delays = (boot_delay, start_delay, stop_delay)
+        self._fail_boot = fail_boot
+        self._latency = latency
+        self._port = port
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """The base URL of the API."""
+        if self._thread is None:
+            raise ClusterStateError("this control plane has not been started")
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def namespace(self) -> str:
+        """A namespace to use; the platform accepts any valid one."""
+        return "local"
+
+    @property
+    def template_names(self) -> list[str]:
+        """The compute requirement templates, as ``namespace/name``, the default one first."""
+        return [f"{template.namespace}/{template.name}" for template in self._templates]
+
+    def start(self) -> LocalControlPlane:
+        """Start it; it answers when this returns.
+
+        :raises LocalPlatformError: when the port is taken.
+        """
+        if self._thread is not None:
+            raise ClusterStateError("a control plane can be started only once")
+        listener = bind_loopback(self._port)
+        # From here on a client's connection waits in the queue until the thread has come up.
+        listener.listen(1024)
+        self._port = listener.getsockname()[1]
+        self.loop = asyncio.new_event_loop()
+        self.core = ControlPlane(self._scheduler, self.loop, self.key_id, self.secret)
+        boot_delay, start_delay, stop_delay = self._delays
+        self.backend = SimulatedBackend(
+            self.loop,
+            self.core.on_event,
+            boot_delay=boot_delay,
+            start_delay=start_delay,
+            stop_delay=stop_delay,
+            fail_boot=self._fail_boot,
+        )
+        self.core.backend = self.backend
+        app = create_app(self.core)
+        app.add_route("/_books", handler(self.core, self._books), methods=["GET"])
+        app.add_route("/_faults", handler(self.core, self._install), methods=["POST"])
+        app.add_route("/_faults", handler(self.core, self._clear), methods=["DELETE"])
+        self.faults = Faults(app, self.core.closing)
+        self.faults.latency = self._latency
+        config = uvicorn.Config(
+            self.faults,
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            lifespan="off",
+            loop="none",
+            ws="none",
+            # A client that keeps its request open must not keep the platform open.
+            timeout_graceful_shutdown=1,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._run, args=(listener,), name="raydog-control-plane", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def _run(self, listener: socket.socket) -> None:
+        asyncio.set_event_loop(self.loop)
+        with listener:
+            try:
+                self.loop.run_until_complete(self._server.serve([listener]))
+                self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            finally:
+                self.loop.close()
+
+    def close(self) -> None:
+        """End it; a second call does nothing."""
+        if self._thread is None or not self._thread.is_alive():
+            return
+
+        def begin() -> None:
+            self.core.close()
+            self.backend.close()
+            self._server.should_exit = True
+
+        self.loop.call_soon_threadsafe(begin)
+        self._thread.join(_CLOSE_SECONDS)
+
+    def __enter__(self) -> LocalControlPlane:
+        if self._thread is None:
+            self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Call something on the platform's loop, and return what it returns.
+
+        :raises ClusterStateError: when the platform is not running.
+        """
+        if self._thread is None or not self._thread.is_alive():
+            raise ClusterStateError("this control plane is not running")
+
+        async def run() -> T:
+            return function(*args)
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(_CALL_SECONDS)
+
+    def running(self) -> list[str]:
+        """List what has not ended: ``work``, ``pool`` and ``compute``, each with ``namespace/name``.
+
+        A compute requirement has ended when its last machine has; a worker pool, when it is shut down.
+        """
+        return self.call(self._running)
+
+    def _running(self) -> list[str]:
+        scheduler = self._scheduler
+        return [
+            *(f"work {one.namespace}/{one.name}" for one in scheduler.works.values() if not one.finished),
+            *(f"pool {one.namespace}/{one.name}" for one in scheduler.pools.values() if not one.finished),
+            *(
+                f"compute {one.usage.namespace}/{one.usage.name}"
+                for one in scheduler.requirements.values()
+                if one.status != "TERMINATED"
+            ),
+        ]
+
+    # What another process may ask; YellowDog itself has none of these.
+
+    async def _books(self, call: Call) -> Any:
+        return {
+            "running": self._running(),
+            "seen": len(self.faults.seen),
+            "hits": [fault.hits for fault in self.faults.faults],
+        }
+
+    async def _install(self, call: Call) -> Any:
+        try:
+            faults = [_read_fault(fields) for fields in await call.body()]
+        except (TypeError, ValueError, AttributeError, SpecError) as problem:
+            raise RefusedError.invalid(f"The body must be a list of faults: {problem}") from None
+        self.faults.faults = [*self.faults.faults, *faults]
+
+    async def _clear(self, call: Call) -> Any:
+        self.faults.clear()
+
+
+def _read_fault(fields: dict[str, Any]) -> Fault:
+    body = fields.get("body")
+    return Fault(**({**fields, "body": body.encode()} if body is not None else fields))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve a control plane until standard input ends."""
+    parser = argparse.ArgumentParser(
+        prog="python -m yellowdog_ray.local.control_plane",
+        description="Serve the local platform with simulated nodes. Prints what a client needs as one line "
+        "of JSON; ends when standard input does, or with SIGTERM.",
+    )
+    for name, default, text in (
+        ("boot-delay", 0.02, "from a node's start to its registration"),
+        ("start-delay", 0.01, "from a task's start to its process"),
+        ("stop-delay", 0.01, "that ending a node or an aborted task takes"),
+        ("latency", 0.0, "by which every call is delayed"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=float, default=default, metavar="S", help=f"seconds {text} (%(default)s)"
+        )
+    parser.add_argument("--key-id", help="the id of the application key that it accepts (a new one)")
+    parser.add_argument("--secret", help="the secret of that key (a new one)")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    with LocalControlPlane(**vars(parser.parse_args(argv))) as platform:
+        about = {
+            "url": platform.url,
+            "key_id": platform.key_id,
+            "secret": platform.secret,
+            "namespace": platform.namespace,
+            "template": platform.template_names[0],
+        }
+        print(json.dumps(about), flush=True)
+        try:
+            while os.read(sys.stdin.fileno(), 1 << 16):
+                pass
+        except KeyboardInterrupt:
+            pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Faults on the wire: what can go wrong between a client and the platform, on calls that are chosen.
+
+A fault names the requests that it is for and what becomes of them; :class:`Faults` lets it happen. It sits
+outside the whole API, so a client cannot tell the fault from one of the network or of a real platform.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from yellowdog_ray.errors import SpecError
+
+__all__ = ["Fault", "Faults"]
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong with some of the requests to the platform.
+
+    ``count``, ``skip`` and ``hits`` are kept up to date while requests come in: ``hits`` says how many
+    requests the fault has taken.
+
+    :param method: the HTTP method of the requests that it is for; ``"*"`` for every method.
+    :param path: a regular expression that is looked for in their path, without the query.
+    :param what: an HTTP status to answer with instead; ``"before"`` or ``"after"``: the connection is
+        dropped before or after the request is carried out; ``"hang"``: the request is held for
+        ``seconds``, and then carried out and answered (``carried_out``), or its connection dropped.
+    :param count: how many requests it takes; None for all that come.
+    :param skip: how many matching requests it lets pass first.
+    :param headers: headers of the answer, for a status.
+    :param body: body of the answer, for a status.
+    :param carried_out: for a status, whether the request is carried out first, and its real answer lost;
+        for ``"hang"``, whether it is carried out in the end.
+    :param seconds: for ``"hang"``, how long the request is held. It is held less long where the client
+        goes away or the platform closes.
+    :param delay: seconds by which the answer, or the end of the connection, comes late.
+    :raises SpecError: when it is no such fault.
+    """
+
+    method: str
+    path: str
+    what: int | Literal["before", "after", "hang"]
+    count: int | None = 1
+    skip: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b"injected fault"
+    carried_out: bool = False
+    seconds: float = 5.0
+    delay: float = 0.0
+    hits: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        known = self.what in ("before", "after", "hang")
+        if not known and not (isinstance(self.what, int) and 200 <= self.what <= 599):
+            raise SpecError(f"what of a fault is a status, 'before', 'after' or 'hang', not {self.what!r}")
+        try:
+            re.compile(self.path)
+        except re.error as problem:
+            raise SpecError(f"path of a fault is a regular expression: {problem}") from None
+
+    def takes(self, method: str, path: str) -> bool:
+        """Say whether this request is one to go wrong, and count it."""
+        if self.count == 0 or self.method not in ("*", method) or not re.search(self.path, path):
+            return False
+        if self.skip > 0:
+            self.skip -= 1
+            return False
+        if self.count is not None:
+            self.count -= 1
+        self.hits += 1
+        return True
+
+
+class Faults:
+    """ASGI middleware, outermost under uvicorn: delays every request, and lets some of them go wrong.
+
+    ``faults`` may be changed, and ``latency`` set, from any thread while requests come in. Of several
+    faults that match a request, the first takes it, and the others do not count it. Paths that begin with
+    ``/_`` are no part of the API, and pass.
+
+    :param closing: set when the platform closes: what is held is then held no longer.
+    """
+
+    def __init__(self, app: ASGIApp, closing: asyncio.Event | None = None) -> None:
+        self.app = app
+        #: Seconds by which every request is delayed.
+        self.latency = 0.0
+        #: What is to go wrong.
+        self.faults: list[Fault] = []
+        #: What has come in, as (method, path).
+        self.seen: list[tuple[str, str]] = []
+        self._closing = closing or asyncio.Event()
+
+    def clear(self) -> None:
+        """Let nothing more go wrong; what is being held stays held."""
+        # Not emptied: the loop may be going through it.
+        self.faults = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Take a request in."""
+        if scope["type"] != "http" or scope["path"].startswith("/_"):
+            await self.app(scope, receive, send)
+            return
+        method, path = scope["method"], scope["path"]
+        self.seen.append((method, path))
+        fault = next((one for one in list(self.faults) if one.takes(method, path)), None)
+        if self.latency:
+            await asyncio.sleep(self.latency)
+        if fault is None:
+            await self.app(scope, receive, send)
+        else:
+            await self._go_wrong(fault, scope, receive, send)
+
+    async def _go_wrong(self, fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
+        # Read first: from here on, all that can still come from the client is that it has gone.
+        request = await _whole(receive)
+
+        async def again() -> Message:
+            return request.pop(0) if request else await receive()
+
+        if fault.what == "hang":
+            await self._hold(fault.seconds, receive)
+            if not fault.carried_out or self._closing.is_set():
+                await _drop(send)
+                return
+            delay = fault.delay
+
+            async def late(message: Message) -> None:
+                nonlocal delay
+                # Only the answer's first part waits.
+                held, delay = delay, 0.0
+                await self._hold(held, receive)
+                await send(message)
+
+            await self.app(scope, again, late)
+            return
+        if fault.what == "after" or fault.carried_out:
+            await self.app(scope, again, _swallow)
+        await self._hold(fault.delay, receive)
+        if isinstance(fault.what, int):
+            headers = [(key.encode(), value.encode()) for key, value in fault.headers.items()]
+            await send({"type": "http.response.start", "status": fault.what, "headers": headers})
+            await send({"type": "http.response.body", "body": fault.body})
+        else:
+            await _drop(send)
+
+    async def _hold(self, seconds: float, receive: Receive) -> None:
+        """Wait, as long as the client is there and the platform open."""
+        if seconds <= 0:
+            return
+        ends = [asyncio.ensure_future(self._closing.wait()), asyncio.ensure_future(_gone(receive))]
+        try:
+            await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+
+
+async def _whole(receive: Receive) -> list[Message]:
+    """Read a request to its end, which may also be that the client goes."""
+    messages = [await receive()]
+    while messages[-1].get("more_body"):
+        messages.append(await receive())
+    return messages
+
+
+async def _gone(receive: Receive) -> bool:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    return True
+
+
+async def _swallow(message: Message) -> None:
+    """Lose a part of an answer."""
+
+
+async def _drop(send: Send) -> None:
+    """Drop the connection without an answer."""
+    # ASGI knows no way to do this; uvicorn's own object does.
+    send.__self__.transport.abort()  # type: ignore[attr-defined]
+    # Returning before uvicorn has noticed would make it send an answer of its own.
+    await asyncio.sleep(0.01)

@@ -1,0 +1,246 @@
+"""The state file of a cluster, kept up to date while the cluster comes and goes.
+
+It is written before anything is created, with every name, and completed with the ids as they come. So
+whatever ends the building process, and when, the file is enough to find all of the cluster and end it.
+It is removed when the cluster has been verified as ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from platformdirs import user_state_path
+
+from yellowdog_ray.errors import RayDogError, StateError
+from yellowdog_ray.raydog.state import ClusterState
+
+__all__ = ["Journal", "default_path", "find_states", "state_directory"]
+
+log = logging.getLogger(__name__)
+
+_LOCK_SECONDS = 30.0
+# As long as one process may change the work requirement's task groups, during which others wait for it.
+_GROUPS_LOCK_SECONDS = 120.0
+
+Change = Callable[[ClusterState], ClusterState]
+
+
+def state_directory() -> Path:
+    """Tell where state files are kept: ``RAYDOG_STATE_DIR``, or a directory of the user's own."""
+    configured = os.environ.get("RAYDOG_STATE_DIR")
+    return Path(configured).expanduser() if configured else user_state_path("raydog", appauthor=False)
+
+
+def default_path(namespace: str, name: str, build_id: str) -> Path:
+    """Tell the state file of a cluster: a new name for every build, so that no state replaces another."""
+    return state_directory() / f"{namespace}.{name}.{build_id}.json"
+
+
+def find_states(directory: Path) -> list[Path]:
+    """List the state files in a directory, the oldest first; none where the directory does not exist."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in directory.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.suffix == ".json" and not path.name.startswith(".") and path.is_file():
+                    found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found)]
+
+
+@dataclass
+class _Entry:
+    """A change that is to be written, and why it was not possible.
+
+    :param keep: whether it goes with the next one where it cannot be written.
+    """
+
+    change: Change
+    keep: bool
+    error: RayDogError | None = None
+
+
+class Journal:
+    """One cluster's state file, which several threads and processes may change at once.
+
+    A change is a function from the state in the file to the state that is to be there; it is carried out
+    under a lock on the state as another process may have left it.
+
+    :param path: the file.
+    :param state: what is known to be in it.
+    """
+
+    def __init__(self, path: Path, state: ClusterState) -> None:
+        self.path = path
+        self._state = state
+        self._pending: list[_Entry] = []
+        self._pending_lock = threading.Lock()
+        self._write_lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"<Journal {self.path}>"
+
+    @classmethod
+    def create(cls, path: Path, state: ClusterState) -> Journal:
+        """Begin a state file, before anything of the cluster exists.
+
+        :raises StateError: where it cannot be written, or holds the state of another cluster.
+        """
+        path = path.absolute()
+        journal = cls(path, state.but(state_file=str(path)))
+        try:
+            if path.parent == state_directory().absolute():
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with journal._file_lock():
+                journal._check_free()
+                journal._write(journal._state)
+        except OSError as error:
+            raise StateError(
+                f"the cluster's state cannot be written to {path}: {error.strerror or error}. Without it "
+                "nothing is created, for nobody could find the cluster again. Set RAYDOG_STATE_DIR to a "
+                "directory that you may write to, or give a state_file"
+            ) from error
+        return journal
+
+    @classmethod
+    def open(cls, path: Path) -> Journal:
+        """Open a state file.
+
+        :raises StateError: where it is not the saved state of a cluster.
+        :raises OSError: where it cannot be read.
+        """
+        return cls(path.absolute(), ClusterState.load(path))
+
+    @property
+    def state(self) -> ClusterState:
+        """The state as it was last written or read here."""
+        return self._state
+
+    def refresh(self) -> ClusterState:
+        """Read what other processes have written; where it cannot be read, return what was known."""
+        with self._write_lock:
+            try:
+                self._state = ClusterState.load(self.path)
+            except (OSError, StateError) as error:
+                log.debug("The state file %s was not read again: %s", self.path, error)
+            return self._state
+
+    def update(self, change: Change) -> ClusterState:
+        """Change the state, and return when the change is on the disk.
+
+        Threads that come while another one writes have their changes written together.
+
+        :param change: called with the state in the file; what it raises is raised here, and nothing changed.
+        :returns: the state as it is then.
+        :raises StateError: where it cannot be written; then nothing has changed.
+        """
+        return self._enter(_Entry(change, keep=False))
+
+    def note(self, change: Change) -> None:
+        """Make a change without which the file is still enough.
+
+        That it cannot be written is only logged; it goes with the next change then.
+        """
+        try:
+            self._enter(_Entry(change, keep=True))
+        except StateError as error:
+            log.warning("%s", error)
+
+    def _enter(self, entry: _Entry) -> ClusterState:
+        with self._pending_lock:
+            self._pending.append(entry)
+        with self._write_lock:
+            with self._pending_lock:
+                entries, self._pending = self._pending, []
+            # None are left where another thread has just written ours too.
+            if entries:
+                self._apply(entries)
+            if entry.error is not None:
+                raise entry.error
+            return self._state
+
+    def remove(self) -> None:
+        """Remove the file, for the cluster has been verified as ended."""
+        try:
+            with self._write_lock, self._file_lock():
+                self.path.unlink(missing_ok=True)
+                for left in self.path.parent.glob(f".{self.path.name}.*"):
+                    left.unlink(missing_ok=True)
+        except (OSError, StateError) as error:
+            log.warning("The state file %s of an ended cluster could not be removed: %s", self.path, error)
+
+    @contextmanager
+    def changing_groups(self) -> Iterator[None]:
+        """Keep other processes from changing the work requirement's task groups meanwhile.
+
+        :raises StateError: where another process does not come to an end of it.
+        """
+        with self._file_lock("groups", _GROUPS_LOCK_SECONDS):
+            yield
+
+    def _apply(self, entries: list[_Entry]) -> None:
+        try:
+            with self._file_lock():
+                try:
+                    state = ClusterState.load(self.path)
+                except FileNotFoundError:
+                    # Somebody has removed it. What is known here is better than nothing.
+                    state = self._state
+                for entry in entries:
+                    try:
+                        state = entry.change(state)
+                    except RayDogError as error:
+                        entry.error = error
+                self._write(state)
+                self._state = state
+        except (OSError, StateError) as error:
+            reason = (
+                error
+                if isinstance(error, StateError)
+                else StateError(f"the state file {self.path} cannot be written: {error.strerror or error}")
+            )
+            for entry in entries:
+                entry.error = reason
+            with self._pending_lock:
+                self._pending = [
+                    _Entry(entry.change, True) for entry in entries if entry.keep
+                ] + self._pending
+
+    def _write(self, state: ClusterState) -> None:
+        state.but(saved=datetime.now(timezone.utc)).save(self.path)
+
+    def _check_free(self) -> None:
+        try:
+            there = ClusterState.load(self.path)
+        except FileNotFoundError:
+            return
+        except StateError:
+            raise StateError(
+                f"{self.path} is there already, and is not a cluster's state: give another state_file"
+            ) from None
+        raise StateError(
+            f"{self.path} holds the state of the cluster {there.title}, which has not been verified as "
+            f"ended. Run `raydog shut-down {self.path}` first, or give another state_file"
+        )
+
+    @contextmanager
+    def _file_lock(self, what: str = "state", seconds: float = _LOCK_SECONDS) -> Iterator[None]:
+        lock = FileLock(self.path.with_name(f".{self.path.name}.{what}.lock"), timeout=seconds)
+        try:
+            lock.acquire(poll_interval=0.01)
+        except Timeout:
+            raise StateError(
+                f"another process has been changing {self.path} for more than {seconds:.0f} s"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()

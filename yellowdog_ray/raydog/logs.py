@@ -1,0 +1,152 @@
+"""What a cluster's nodes print: fetched while they live, and kept where that was asked for."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from yellowdog_ray.errors import RayDogError
+from yellowdog_ray.raydog.platform import Platform
+from yellowdog_ray.raydog.pools import BuiltPool
+from yellowdog_ray.raydog.reach import Reach
+from yellowdog_ray.raydog.state import write_private
+from yellowdog_ray.raydog.transport import Operation
+
+if TYPE_CHECKING:
+    from yellowdog_client.model import Task
+
+__all__ = ["NodeLog", "collect", "keep", "kept", "tail"]
+
+log = logging.getLogger(__name__)
+
+# How long all of the logs of a pool may take.
+_SECONDS = 60.0
+_NO_ACCESS = "it can be read over SSH while the node lives: give the cluster access=SSHAccess(...)"
+_ENDED = (
+    "its task has ended, and the agent deletes a task's output then; no copy was kept "
+    "(keep_logs=... keeps one when a pool is removed or the cluster shut down)"
+)
+
+
+@dataclass(frozen=True)
+class NodeLog:
+    """What the task of one node has printed.
+
+    :param task: the task's name.
+    :param pool: the internal name of the node's pool.
+    :param text: the end of its output; None where it cannot be had, and ``note`` says why.
+    :param source: where it is from: the living ``"node"``, a ``"kept"`` copy, or the ``"platform"``, which
+        has the end of the output of tasks that failed (the local platform does).
+    :param note: a sentence on what is missing.
+    """
+
+    task: str
+    pool: str
+    text: str | None
+    source: Literal["node", "kept", "platform"] | None
+    note: str | None = None
+
+    def __str__(self) -> str:
+        head = f"==> {self.task} ({self.pool}{f', {self.source}' if self.source else ''}) <=="
+        return "\n".join(part for part in (head, self.text, self.note and f"({self.note})") if part)
+
+
+def collect(
+    platform: Platform, reach: Reach | None, pools: Iterable[BuiltPool], max_bytes: int
+) -> dict[str, NodeLog]:
+    """Fetch the output of every task of some pools, by the tasks' names.
+
+    :param max_bytes: how much of the end of each.
+    :raises RayDogError: where the platform cannot be asked for the tasks.
+    """
+    operation = Operation(_SECONDS)
+    fetching = []
+    for pool in pools:
+        if pool.group_id is None or pool.id is None:
+            continue
+        addresses = {
+            node.id: node.details.privateIpAddress
+            for node in platform.nodes(pool.id, operation)
+            if node.id and node.details is not None
+        }
+        for task in platform.tasks(pool.group_id, operation):
+            address = addresses.get(task.nodeId or "")
+            fetching.append((pool, task, platform.submit(_Fetch(reach, pool, task, address, max_bytes))))
+    logs = {}
+    for pool, task, future in fetching:
+        try:
+            found = future.result(operation.remaining)
+        except FutureTimeoutError:
+            future.cancel()
+            found = _missing(pool, task, f"it did not come within {_SECONDS:.0f} s")
+        logs[found.task] = found
+    return logs
+
+
+@dataclass
+class _Fetch:
+    """One task's output, fetched when it is called."""
+
+    reach: Reach | None
+    pool: BuiltPool
+    task: Task
+    address: str | None
+    max_bytes: int
+
+    def __call__(self) -> NodeLog:
+        pool, task = self.pool, self.task
+        if task.status is not None and task.status.finished:
+            text = tail(task)
+            if text is None:
+                return _missing(pool, task, _ENDED)
+            return NodeLog(str(task.name), pool.plan.internal_name, text, "platform")
+        if self.address is None:
+            return _missing(pool, task, f"its task is {task.status}: it has printed nothing yet")
+        if self.reach is None:
+            return _missing(pool, task, _NO_ACCESS)
+        try:
+            text = self.reach.task_output(self.address, str(task.id), self.max_bytes)
+        except (RayDogError, OSError) as error:
+            return _missing(pool, task, str(error))
+        return NodeLog(str(task.name), pool.plan.internal_name, text, "node")
+
+
+def tail(task: Task) -> str | None:
+    """Tell the end of a failed task's output, where the platform has it."""
+    texts = [error.error for error in task.errors or [] if error.error and "\n" in error.error]
+    return texts[-1] if texts else None
+
+
+def _missing(pool: BuiltPool, task: Task, note: str) -> NodeLog:
+    return NodeLog(str(task.name), pool.plan.internal_name, None, None, note)
+
+
+def keep(directory: Path, logs: dict[str, NodeLog]) -> None:
+    """Write what has been fetched into files, one for each task; what cannot be written is only logged."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for found in logs.values():
+            if found.text is not None:
+                write_private(directory / f"{found.task}.log", found.text)
+            else:
+                log.warning("The output of %s was not kept: %s", found.task, found.note)
+    except OSError as error:
+        log.warning("The nodes' output could not be kept in %s: %s", directory, error)
+
+
+def kept(directory: Path, pools: dict[str, str]) -> dict[str, NodeLog]:
+    """Read what was kept.
+
+    :param pools: the internal names of the pools by their groups' names.
+    """
+    logs = {}
+    for path in sorted(directory.glob("*.log")):
+        group = re.sub(r"-\d{5,}$", "", path.stem)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        logs[path.stem] = NodeLog(path.stem, pools.get(group, group), text, "kept")
+    return logs

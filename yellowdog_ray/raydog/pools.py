@@ -1,0 +1,84 @@
+"""A pool and its task group, as far as they have come into being."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from yellowdog_ray.raydog.plan import PoolPlan
+from yellowdog_ray.raydog.specs import NodeSpec
+from yellowdog_ray.raydog.state import PoolState
+from yellowdog_ray.raydog.teardown import PoolTarget
+
+__all__ = ["BuiltPool"]
+
+
+@dataclass
+class BuiltPool:
+    """A pool and its task group, as far as they have been created.
+
+    :param node_count: how many nodes it is to have now; at first those that were planned.
+    :param tasks_counted: how many names of tasks have been given away.
+    :param node_id: of a pool with one special node (head or observability): its node, and its addresses.
+    :param task_id: of such a pool: its task.
+    """
+
+    plan: PoolPlan
+    id: str | None = None
+    compute_requirement_id: str | None = None
+    group_id: str | None = None
+    node_id: str | None = None
+    private_ip: str | None = None
+    public_ip: str | None = None
+    task_id: str | None = None
+    node_count: int = 0
+    tasks_counted: int = 0
+    # Held while it is being scaled.
+    scaling: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.node_count = self.node_count or self.plan.node_count
+        self.tasks_counted = self.tasks_counted or self.plan.node_count
+
+    def target(self) -> PoolTarget:
+        """Name it for a teardown."""
+        return PoolTarget(self.plan.name, self.id, self.compute_requirement_id)
+
+    def state(self) -> PoolState:
+        """Write down what another process has to know of it."""
+        return PoolState(
+            name=self.plan.name,
+            role=self.plan.role,
+            group=self.plan.group,
+            internal_name=self.plan.internal_name,
+            node_count=self.node_count,
+            id=self.id,
+            compute_requirement_id=self.compute_requirement_id,
+            template=self.plan.node.template,
+            group_id=self.group_id,
+            tasks_counted=self.tasks_counted,
+            node_id=self.node_id,
+            private_ip=self.private_ip,
+            public_ip=self.public_ip,
+            task_id=self.task_id,
+        )
+
+    @classmethod
+    def of(cls, state: PoolState) -> BuiltPool:
+        """Make it from what another process wrote down; what its tasks run stays on the platform."""
+        node = NodeSpec(template=state.template or "unknown/unknown")
+        count = max(1, state.node_count)
+        planned = PoolPlan(state.role, state.name, state.group, state.internal_name, node, count, script="")
+        pool = cls(planned)
+        pool.take(state)
+        return pool
+
+    def take(self, state: PoolState) -> None:
+        """Take over what another process has found out or changed."""
+        self.id = self.id or state.id
+        self.compute_requirement_id = self.compute_requirement_id or state.compute_requirement_id
+        self.group_id = self.group_id or state.group_id
+        self.node_id, self.task_id = self.node_id or state.node_id, self.task_id or state.task_id
+        self.private_ip = self.private_ip or state.private_ip
+        self.public_ip = self.public_ip or state.public_ip
+        self.node_count, self.tasks_counted = state.node_count, max(self.tasks_counted, state.tasks_counted)

@@ -1,0 +1,431 @@
+"""The way to a cluster's nodes: whether Ray is well, which nodes it has, and what their tasks print.
+
+It leads through SSH to the head, where there is an :class:`SSHAccess`: one connection, made when it is first
+needed and again when it was lost. Otherwise it is plain HTTP to the head's addresses. Importing this module
+does not load paramiko, which only SSH needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from yellowdog_ray.errors import ClusterStateError, SpecError, TunnelError
+
+if TYPE_CHECKING:
+    import paramiko
+
+__all__ = ["RayNode", "Reach", "SSHAccess"]
+
+_CONNECT_TIMEOUT = 10.0  # seconds, for each of: TCP, SSH's greeting and key exchange, each login
+_ANSWER_TIMEOUT = 10.0  # seconds, for the whole of an answer
+_CLOSE_TIMEOUT = 1.0  # seconds to wait for the threads of a connection that is closed
+
+_DASHBOARD_PORT = 8265
+_AGENT_PORT = 52365  # Ray's default for --dashboard-agent-listen-port
+# Ray's dashboard refuses to list more at once (RAY_MAX_LIMIT_FROM_API_SERVER on the head).
+_NODE_LIMIT = 10_000
+
+_TASK_ID = re.compile(r"ydid:task:[0-9A-Za-z:-]+")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class SSHAccess:
+    """How to log in to a cluster's nodes.
+
+    :param user: the user to log in as, on every node.
+    :param private_key_file: the file of the private key (OpenSSH, PEM or PKCS#8; RSA, ECDSA or Ed25519). With
+        neither key nor password, the keys of the SSH agent and the unencrypted ones in ``~/.ssh`` are tried.
+    :param password: that user's password, where there is no key; tried after the key, where there are both.
+    :param private_key_password: the passphrase of that file.
+    :param port: the port of the nodes' SSH servers, 22 by default.
+    :param host_key: the head's public key, as in ``ssh_host_ed25519_key.pub`` (``"ssh-ed25519 AAAA..."``). A
+        server with another one is refused before it learns any credential. By default any key is accepted.
+    :raises SpecError: for input that cannot work.
+    """
+
+    user: str
+    private_key_file: str | os.PathLike[str] | None = None
+    password: str | None = field(default=None, repr=False)
+    private_key_password: str | None = field(default=None, repr=False)
+    port: int = 22
+    host_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.user, str) or not self.user.strip():
+            raise SpecError(
+                f"An SSH user is needed, such as the one that the nodes' image has, not {self.user!r}"
+            )
+        if isinstance(self.port, bool) or not isinstance(self.port, int) or not 1 <= self.port <= 65535:
+            raise SpecError(f"port must be a port number from 1 to 65535, not {self.port!r}")
+        if self.private_key_file is not None and (
+            not isinstance(self.private_key_file, (str, os.PathLike)) or not os.fspath(self.private_key_file)
+        ):
+            raise SpecError(f"private_key_file must be the path of a file, not {self.private_key_file!r}")
+        for name in ("password", "private_key_password"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):  # never shown
+                raise SpecError(f"{name} must be a text that is not empty, or None where there is none")
+        if self.private_key_password is not None and self.private_key_file is None:
+            raise SpecError("private_key_password opens private_key_file, which is not given")
+        if self.host_key is not None:
+            from yellowdog_ray.utils._ssh_connection import HostKey
+
+            if not isinstance(self.host_key, str):
+                raise SpecError(f"host_key must be a public key line, not {self.host_key!r}")
+            HostKey.parse(self.host_key)
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """A node as Ray knows it.
+
+    :param node_id: Ray's own id of it, in hexadecimal digits. A node that comes again has a new one.
+    :param address: its private address.
+    :param alive: whether it takes part in the cluster; dead nodes stay on Ray's list for a while.
+    :param is_head: whether it is the head.
+    """
+
+    node_id: str
+    address: str
+    alive: bool
+    is_head: bool
+
+
+class Reach:
+    """One way to the nodes of a cluster: through SSH to its head where there is an access, else directly.
+
+    Making one does nothing yet. It may be used by several threads at once. A call takes at most some 10 s to
+    connect to each of the addresses and to log in, and 10 s for the answer. One that finds the SSH connection
+    lost makes a new one; where it was lost without a word, finding out takes some 15 s.
+
+    :param addresses: the head's addresses, the public one first; the first that answers is used.
+    :param access: how to log in to the nodes; None for no SSH.
+    :param token: the cluster's token, where Ray is protected by one.
+    :raises SpecError: where there is no address, or the token cannot be one.
+    """
+
+    def __init__(self, addresses: Sequence[str], access: SSHAccess | None, token: str | None = None) -> None:
+        self._addresses = list(dict.fromkeys(address for address in addresses if address))
+        if isinstance(addresses, str) or not self._addresses:
+            raise SpecError(f"The head's addresses must be a list that is not empty, not {addresses!r}")
+        if token is not None and not re.fullmatch(r"[!-~]+", token):  # never shown
+            raise SpecError(
+                "The token must be a word of printable ASCII characters, or None where there is none"
+            )
+        self._access, self._token = access, token
+        self._preferred = self._addresses[0]
+        self._transport: paramiko.Transport | None = None
+        self._closed = False
+        self._connecting = threading.Lock()  # held while a connection is made, which may take long
+        self._lock = threading.Lock()  # for the two above it, held for a moment only
+
+    def health(self) -> str | None:
+        """Ask the head's own raylet whether it is well. That needs no token.
+
+        :returns: None if it is; else, in a sentence, why not: Ray's answer, or why there was none.
+        :raises ClusterStateError: where this was closed.
+        """
+        try:
+            status, body = self._ask(_AGENT_PORT, "/api/local_raylet_healthz")
+        except TunnelError as error:
+            return str(error)
+        return None if status == 200 else f"Ray on the head is not healthy: {_excerpt(status, body)}"
+
+    def ray_nodes(self) -> list[RayNode]:
+        """List the nodes that Ray knows, with those that have left it.
+
+        Ray's dashboard lists at most 10,000 nodes. Where it knows more, only nodes that live are listed, and
+        at most so many.
+
+        :raises TunnelError: where the head's dashboard cannot be reached.
+        :raises ClusterStateError: where it refuses, the token for one, or this was closed.
+        """
+        nodes = self._list_nodes("")
+        if len(nodes) >= _NODE_LIMIT:
+            nodes = self._list_nodes("&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
+        return nodes
+
+    def task_output(self, address: str, task_id: str, max_bytes: int = 1_000_000) -> str:
+        """Read the end of what a task has printed so far, on the node that it runs on.
+
+        The node's agent has it in a file for as long as the task runs. A node other than the head is logged
+        in to from the head, at its private address, with the same user and key: its host key is not known,
+        so that any is accepted.
+
+        :param address: the private address of the task's node.
+        :param task_id: the task's YDID.
+        :param max_bytes: how much to read, in bytes.
+        :raises SpecError: where there is no SSH access, or an argument cannot be right.
+        :raises TunnelError: where the node cannot be reached.
+        :raises ClusterStateError: where there is no such output, or this was closed.
+        """
+        if self._access is None:
+            raise SpecError("A task's output is read over SSH: give ssh=SSHAccess(...)")
+        if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id):
+            raise SpecError(f"{task_id!r} is not the YDID of a task (ydid:task:...)")
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+            raise SpecError(f"max_bytes must be a number of bytes from 1, not {max_bytes!r}")
+        # A session seldom has the agent's variables: then it is the agent's usual place. A shell is named, as
+        # the user's own may be one that does not know this syntax.
+        file = '"${YD_AGENT_DATA:-/var/opt/yellowdog/agent/data}/workers/%s/taskoutput.txt"'
+        command = f"exec sh -c 'LC_ALL=C exec tail -c {max_bytes} {file % task_id.replace(':', '_')}'"
+        if address in self._addresses:
+            answer = self._on_head(lambda head: _run(head, command))
+        else:
+            answer = self._on_head(lambda head: self._run_on_worker(head, address, command))
+        status, output, problem = answer
+        if status != 0:
+            raise ClusterStateError(
+                f"There is no output of task {task_id} on {address}: {problem or f'exit status {status}'}. "
+                "An agent keeps a task's output only while the task runs on its node, and the SSH user "
+                f"({self._access.user}) must be allowed to read it"
+            )
+        return output.decode(errors="replace")
+
+    def close(self) -> None:
+        """Close the connection, if there is one; every later call is refused. Closing twice is no error."""
+        with self._lock:
+            self._closed = True
+            transport, self._transport = self._transport, None
+        if transport is not None:
+            _disconnect(transport)
+
+    def __enter__(self) -> Reach:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        how = "directly" if self._access is None else f"as {self._access.user} over SSH"
+        return f"<Reach {' or '.join(self._addresses)} {how}{', closed' if self._closed else ''}>"
+
+    # Ray's answers
+
+    def _list_nodes(self, selection: str) -> list[RayNode]:
+        path = f"/api/v0/nodes?limit={_NODE_LIMIT}&timeout={_ANSWER_TIMEOUT:.0f}{selection}"
+        status, body = self._ask(_DASHBOARD_PORT, path, self._token)
+        if status in (401, 403):
+            given = "does not accept the token of this cluster" if self._token else "asks for a token"
+            raise ClusterStateError(
+                f"Ray's dashboard on the head {given}: {_excerpt(status, body)}. The right one is what the "
+                "head was started with, in RAY_AUTH_TOKEN"
+            )
+        try:
+            if status != 200:
+                raise ValueError
+            return [_node(entry) for entry in json.loads(body)["data"]["result"]["result"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ClusterStateError(
+                f"Ray's dashboard on the head does not list the nodes: {_excerpt(status, body)}"
+            ) from error
+
+    def _ask(self, port: int, path: str, token: str | None = None) -> tuple[int, bytes]:
+        """Ask a web server on the head for a page, and return the HTTP status and the page."""
+        if self._access is None:
+            return self._ask_directly(port, path, token)
+
+        def ask(head: paramiko.Transport) -> tuple[int, bytes]:
+            from yellowdog_ray.utils._ssh_connection import open_tcp
+
+            channel = open_tcp(head, "127.0.0.1", port, _CONNECT_TIMEOUT)
+            return _get(channel, f"Port {port} of the head", path, token)
+
+        return self._on_head(ask)
+
+    def _ask_directly(self, port: int, path: str, token: str | None) -> tuple[int, bytes]:
+        if self._closed:
+            raise self._closed_error()
+        problems = []
+        for address in sorted(self._addresses, key=lambda address: address != self._preferred):
+            where = f"{address}:{port}"
+            try:
+                sock = socket.create_connection((address, port), _CONNECT_TIMEOUT)
+                answer = _get(sock, where, path, token)
+            except TunnelError as error:
+                problems.append(str(error))
+            except OSError as error:
+                problems.append(f"No connection to {where}: {error.strerror or error}")
+            else:
+                self._preferred = address
+                return answer
+        raise TunnelError(
+            f"{_sentences(problems)} Without SSH, this machine has to reach Ray's ports on the head, and the "
+            "default head script lets the dashboard listen on the head's localhost only: give "
+            "ssh=SSHAccess(...)"
+        )
+
+    # SSH
+
+    def _on_head(self, work: Callable[[paramiko.Transport], _T]) -> _T:
+        """Do something over the connection to the head, and again over a new one if that was lost."""
+        transport, is_new = self._connection()
+        try:
+            return work(transport)
+        except TunnelError:
+            from yellowdog_ray.utils._ssh_connection import is_alive
+
+            if self._closed:
+                raise self._closed_error() from None
+            if is_new or is_alive(transport):
+                raise
+        self._drop(transport)
+        return work(self._connection()[0])
+
+    def _connection(self) -> tuple[paramiko.Transport, bool]:
+        """Return the connection to the head and whether it was made just now."""
+        with self._connecting:
+            with self._lock:
+                if self._closed:
+                    raise self._closed_error()
+                transport = self._transport
+            if transport is not None:
+                if transport.is_active():
+                    return transport, False
+                self._drop(transport)
+            transport = self._connect()
+            with self._lock:
+                if not self._closed:
+                    self._transport = transport
+                    return transport, True
+        _disconnect(transport)
+        raise self._closed_error()
+
+    def _connect(self) -> paramiko.Transport:
+        from yellowdog_ray.utils._ssh_connection import HostKey, connect, quicken
+
+        assert self._access is not None  # noqa: S101 - for the type checker
+        host_key = HostKey.parse(self._access.host_key) if self._access.host_key else None
+        problems = []
+        for address in self._addresses:
+            try:
+                transport = connect(address, self._access.port, host_key, _CONNECT_TIMEOUT)
+            except TunnelError as error:
+                problems.append(str(error))
+                continue
+            self._log_in(transport, address)
+            quicken(transport)
+            return transport
+        raise TunnelError(_sentences(problems))
+
+    def _log_in(self, transport: paramiko.Transport, address: str) -> None:
+        """Log in, or close the connection."""
+        from yellowdog_ray.utils._ssh_connection import keys_to_try, log_in
+
+        access = self._access
+        assert access is not None  # noqa: S101 - for the type checker
+        file = os.fspath(access.private_key_file) if access.private_key_file is not None else None
+        try:
+            keys = keys_to_try(file, access.private_key_password, access.password)
+            log_in(transport, address, access.user, keys, access.password)
+        except BaseException:
+            _disconnect(transport)
+            raise
+
+    def _run_on_worker(self, head: paramiko.Transport, address: str, command: str) -> tuple[int, bytes, str]:
+        from yellowdog_ray.utils._ssh_connection import open_tcp, start_ssh
+
+        assert self._access is not None  # noqa: S101 - for the type checker
+        channel = open_tcp(head, address, self._access.port, _CONNECT_TIMEOUT)
+        where = f"{address}:{self._access.port} (from the head)"
+        worker = start_ssh(channel, where, None, _CONNECT_TIMEOUT)
+        self._log_in(worker, address)
+        try:
+            return _run(worker, command)
+        finally:
+            _disconnect(worker)
+
+    def _drop(self, transport: paramiko.Transport) -> None:
+        with self._lock:
+            if self._transport is transport:
+                self._transport = None
+        _disconnect(transport)
+
+    def _closed_error(self) -> ClusterStateError:
+        return ClusterStateError("This way to the cluster's nodes was closed: make a new Reach")
+
+
+def _run(transport: paramiko.Transport, command: str) -> tuple[int, bytes, str]:
+    from yellowdog_ray.utils._ssh_connection import run
+
+    return run(transport, command, _ANSWER_TIMEOUT)
+
+
+def _disconnect(transport: paramiko.Transport) -> None:
+    from yellowdog_ray.utils._ssh_connection import disconnect
+
+    disconnect(transport, time.monotonic() + _CLOSE_TIMEOUT)
+
+
+def _get(
+    sock: socket.socket | paramiko.Channel, where: str, path: str, token: str | None
+) -> tuple[int, bytes]:
+    """Ask for a page over an open connection and close it.
+
+    :raises TunnelError: where the answer does not come, or not within its time.
+    """
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        # The one wakes a read of a socket, the other a read of a channel.
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+
+    # The time limit of a socket would be one for each of its reads.
+    timer = threading.Timer(_ANSWER_TIMEOUT, expire)
+    timer.daemon = True
+    timer.start()
+    request = [f"GET {path} HTTP/1.1", "Host: localhost", "Connection: close"]
+    if token:
+        request.append(f"Authorization: Bearer {token}")
+    with contextlib.closing(sock):
+        try:
+            sock.settimeout(_ANSWER_TIMEOUT)
+            sock.sendall("".join(f"{line}\r\n" for line in [*request, ""]).encode())
+            # An HTTPConnection would close a channel before it has been read. The response only reads, for
+            # which a channel is as good as a socket.
+            with http.client.HTTPResponse(cast(socket.socket, sock), method="GET") as response:
+                response.begin()
+                return response.status, response.read()
+        except (http.client.HTTPException, EOFError, OSError) as error:
+            if expired.is_set() or isinstance(error, TimeoutError):
+                raise TunnelError(f"{where} did not answer within {_ANSWER_TIMEOUT:g} s") from error
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise TunnelError(f"{where} ends connections without an answer: {reason}") from error
+        finally:
+            timer.cancel()
+
+
+def _node(entry: dict[str, Any]) -> RayNode:
+    return RayNode(
+        node_id=str(entry["node_id"]),
+        address=str(entry["node_ip"]),
+        alive=entry["state"] == "ALIVE",
+        is_head=bool(entry["is_head_node"]),
+    )
+
+
+def _sentences(problems: Sequence[str]) -> str:
+    return " ".join(text if text.endswith((".", "?")) else f"{text}." for text in problems)
+
+
+def _excerpt(status: int, body: bytes) -> str:
+    """Quote the beginning of an answer in one line."""
+    text = " ".join(body[:300].decode(errors="replace").split())
+    return f"HTTP {status}, {text!r}" if text else f"HTTP {status}"

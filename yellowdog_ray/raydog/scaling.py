@@ -1,0 +1,120 @@
+"""Giving a worker pool of a running cluster another number of nodes."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from yellowdog_ray.errors import PlatformError, TeardownError
+from yellowdog_ray.raydog import plan
+from yellowdog_ray.raydog.assembly import Assembly
+from yellowdog_ray.raydog.pools import BuiltPool
+from yellowdog_ray.raydog.transport import Operation
+from yellowdog_ray.raydog.undo import add_note, cancel_all
+
+if TYPE_CHECKING:
+    from yellowdog_client.model import Task
+
+__all__ = ["scale"]
+
+log = logging.getLogger(__name__)
+
+
+def scale(assembly: Assembly, pool: BuiltPool, count: int, operation: Operation) -> None:
+    """Bring a pool to so many nodes: those with a task that has not ended count.
+
+    It returns when the tasks are submitted, or the nodes that are too many have been told to go. Where
+    adding fails, what was added is taken back.
+
+    :raises RayDogError: what went wrong.
+    """
+    unfinished = _unfinished(assembly, pool, operation)
+    if count < len(unfinished):
+        _shrink(assembly, pool, unfinished, count, operation)
+    elif count > len(unfinished):
+        before = pool.node_count
+        try:
+            _grow(assembly, pool, count, count - len(unfinished), operation)
+        except BaseException as error:
+            _take_back(assembly, pool, {task.id for task in unfinished}, before, error)
+            raise
+    else:
+        _set_count(assembly, pool, count)
+
+
+def _unfinished(assembly: Assembly, pool: BuiltPool, operation: Operation) -> list[Task]:
+    tasks = assembly.platform.tasks(str(pool.group_id), operation)
+    return [task for task in tasks if task.status is None or not task.status.finished]
+
+
+def _grow(assembly: Assembly, pool: BuiltPool, count: int, more: int, operation: Operation) -> None:
+    # The names are given away before they are used, so that no other process uses them too.
+    first = assembly.reserve_tasks(pool, more) + 1
+    _resize(assembly, pool, count, operation)
+    for batch in plan.task_batches(pool.plan, assembly.variables(pool), first, more):
+        assembly.platform.add_tasks(str(pool.group_id), batch, operation)
+    _set_count(assembly, pool, count)
+
+
+def _shrink(
+    assembly: Assembly, pool: BuiltPool, unfinished: list[Task], count: int, operation: Operation
+) -> None:
+    """End the tasks that are too many and give their nodes back; those that run nothing yet go first."""
+    newest_first = sorted(unfinished, key=lambda task: task.name or "", reverse=True)
+    newest_first.sort(key=lambda task: task.status is not None and task.status.name == "EXECUTING")
+    leaving = newest_first[: len(unfinished) - count]
+    _end(assembly, pool, leaving, count, operation)
+    _set_count(assembly, pool, count)
+
+
+def _end(assembly: Assembly, pool: BuiltPool, leaving: list[Task], count: int, operation: Operation) -> None:
+    platform = assembly.platform
+    failures = cancel_all(platform, [task.id for task in leaving if task.id], operation)
+    node_ids = {task.nodeId for task in leaving if task.nodeId}
+    ending = [
+        platform.submit(lambda node_id=node_id: platform.shut_down_node(node_id, operation))  # type: ignore[misc]
+        for node_id in node_ids
+    ]
+    for future in ending:
+        error = future.exception()
+        if isinstance(error, PlatformError):
+            failures.append(error)
+        elif error is not None:
+            raise error
+    # Nodes that have nothing to do yet, and how many the platform is to keep.
+    _resize(assembly, pool, count, operation)
+    if failures:
+        raise TeardownError(
+            f"not all of the nodes that are too many in {pool.plan.internal_name} could be given back; scale "
+            f"again, or remove the pool:\n" + "\n".join(f"- {failure}" for failure in failures),
+            [pool.plan.name],
+        )
+
+
+def _take_back(
+    assembly: Assembly, pool: BuiltPool, before: set[str | None], count: int, error: BaseException
+) -> None:
+    operation = Operation(30.0)
+    try:
+        added = [task for task in _unfinished(assembly, pool, operation) if task.id not in before]
+        _end(assembly, pool, added, count, operation)
+    except Exception as left:
+        add_note(error, f"What had been added to {pool.plan.internal_name} could not be taken back: {left}")
+
+
+def _resize(assembly: Assembly, pool: BuiltPool, count: int, operation: Operation) -> None:
+    """Tell the platform the pool's size. It refuses while nodes boot: then its own scaling has to do.
+
+    That adds nodes for tasks that wait, and gives nodes back that have been idle for half an hour.
+    """
+    try:
+        assembly.platform.resize_pool(str(pool.id), count, operation)
+    except PlatformError as error:
+        if error.status != 400:
+            raise
+        log.info("The worker pool %s is left to the platform's own scaling: %s", pool.plan.name, error)
+
+
+def _set_count(assembly: Assembly, pool: BuiltPool, count: int) -> None:
+    pool.node_count = count
+    assembly.note_pools(pool)
