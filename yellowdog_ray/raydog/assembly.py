@@ -179,7 +179,6 @@ class Assembly:
         groups = crew.result(adding, "the work requirement has not been added")
         for pool in (*special, *workers):
             pool.group_id = groups[pool.plan.group]
-        self.note_pools(*special, *workers)
         submitting = [crew.start(self._submitter(pool, operation)) for pool in special]
         for pool in workers:
             crew.start(self._submitter(pool, operation))
@@ -208,6 +207,7 @@ class Assembly:
         crew.start(self._provisioner(pool, lifetime, operation))
         crew.start(append_group)
         crew.finish(f"the worker pool {pool.plan.name} has not been added")
+        self.note_pools(pool)
 
     def discard(self, pool: BuiltPool, crew: Crew, error: BaseException) -> bool:
         """Take a worker pool back that could not be added, or came too late.

@@ -345,7 +345,7 @@ class RayDogCluster(ClusterView):
         """Where the cluster is in its life, for messages."""
         if self._failure is None or self._phase in (_Phase.NEW, _Phase.RUNNING):
             return self._phase.value
-        return f"{self._phase.value}, because {self._failure}"
+        return f"{self._phase.value}, because {self._failure.splitlines()[0]}"
 
     def __enter__(self) -> RayDogCluster:
         return self
@@ -687,7 +687,7 @@ class RayDogCluster(ClusterView):
                     self._wait_for_ray(built, operation)
                 with self._lock:
                     built.check_running()
-                    self._note_running()
+                    self._note_running(built, workers)
                     self._phase = _Phase.RUNNING
             except BaseException as error:
                 self._take_back(built, error)
@@ -713,11 +713,13 @@ class RayDogCluster(ClusterView):
             path, self._state_of(built, pools).but(status="building")
         )
 
-    def _note_running(self) -> None:
+    def _note_running(self, built: Assembly, workers: Sequence[BuiltPool]) -> None:
+        pools = [pool.state() for pool in (built.head, built.observability, *workers) if pool is not None]
+
         def run(state: ClusterState) -> ClusterState:
             if state.status == "ending":
                 raise ClusterStateError("it was stopped: the cluster is being shut down by another process")
-            return state.but(status="running")
+            return state.with_pools(*pools).but(status="running")
 
         if self._journal is not None:
             self._journal.note(run)
@@ -744,6 +746,7 @@ class RayDogCluster(ClusterView):
             if self._phase is not _Phase.RUNNING:
                 return
             self._phase = _Phase.ENDING
+            reason = f"its head has ended: {reason}"
             ended = self._journal is not None and not self._journal.path.exists()
             if ended or (self._journal is not None and self._journal.refresh().status == "ending"):
                 reason = "another process has shut it down"

@@ -244,12 +244,12 @@ class WorkersCounted(Event):
 
 @dataclass(frozen=True)
 class HeadFailed(Event):
-    """The head of a running cluster has ended; the cluster is shut down because of it."""
+    """The head of a running cluster has ended, by itself or by another process; the cluster is shut down."""
 
     reason: str
 
     def __str__(self) -> str:
-        return f"The cluster {self.cluster} is shut down, because its head has ended: {self.reason}"
+        return f"The cluster {self.cluster} is shut down, because {self.reason}"
 
 
 @dataclass(frozen=True)
