@@ -33,7 +33,7 @@ from yellowdog_ray.errors import (
     WaitTimeoutError,
 )
 from yellowdog_ray.local.scheduler import SchedulerOptions
-from yellowdog_ray.raydog import assembly, builder, plan, ray_auth, teardown, transport
+from yellowdog_ray.raydog import assembly, building, plan, ray_auth, teardown, transport
 from yellowdog_ray.raydog import platform as platform_module
 from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
 from yellowdog_ray.raydog.platform import Build
@@ -462,7 +462,7 @@ def test_second_interrupt(platform, monkeypatch):
     cluster = make(platform)
     cluster.add_worker_pool("test/small", None, 2)
     monkeypatch.setattr(cluster._platform, "nodes", _interrupt)
-    monkeypatch.setattr(builder, "take_back", _interrupt)
+    monkeypatch.setattr(building, "take_back", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         cluster.build(SHORT)
     assert "demo-00-head" in books(platform)["pools"]

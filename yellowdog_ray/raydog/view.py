@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
+from yellowdog_ray.raydog.core import ClusterCore
 from yellowdog_ray.raydog.pools import BuiltPool
 
 if TYPE_CHECKING:
     from yellowdog_client import PlatformClient
 
-    from yellowdog_ray.raydog.assembly import Assembly
-    from yellowdog_ray.raydog.platform import Platform
-    from yellowdog_ray.raydog.specs import ClusterSpec
-
 __all__ = ["ClusterView"]
 
 
-class ClusterView:
+class ClusterView(ClusterCore):
     """The attributes of a cluster, each of them None before the build."""
-
-    _lock: threading.RLock
-    _platform: Platform
-    _spec: ClusterSpec
-    _assembly: Assembly | None
-    _pools: dict[str, BuiltPool]
 
     @property
     def yd_client(self) -> PlatformClient:

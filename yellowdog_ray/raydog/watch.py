@@ -6,19 +6,18 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 from yellowdog_ray.errors import NotFoundError, RayDogError
 from yellowdog_ray.raydog.platform import Platform, task_failure
 from yellowdog_ray.raydog.pools import BuiltPool
 from yellowdog_ray.raydog.transport import Operation
 
-if TYPE_CHECKING:
-    from yellowdog_ray.raydog.builder import RayDogCluster
-
 __all__ = ["HeadWatch"]
 
 log = logging.getLogger(__name__)
+
+_Cluster = TypeVar("_Cluster")
 
 # How often the head's task is looked at.
 SECONDS = 5.0
@@ -26,7 +25,7 @@ SECONDS = 5.0
 _UNKNOWN = 6
 
 
-class HeadWatch:
+class HeadWatch(Generic[_Cluster]):
     """A thread that looks at the head's task, and calls once when it has ended.
 
     It keeps no cluster alive: it ends with the cluster object, and with the process.
@@ -37,10 +36,10 @@ class HeadWatch:
 
     def __init__(
         self,
-        cluster: RayDogCluster,
+        cluster: _Cluster,
         platform: Platform,
         head: BuiltPool,
-        ended: Callable[[RayDogCluster, str], None],
+        ended: Callable[[_Cluster, str], None],
     ) -> None:
         self._cluster = weakref.ref(cluster)
         self._platform, self._head, self._ended = platform, head, ended

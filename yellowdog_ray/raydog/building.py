@@ -1,0 +1,205 @@
+"""Building a cluster, taking a failed build back, and noticing that its head has ended."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from datetime import timedelta
+from typing import Literal
+
+from yellowdog_ray.errors import (
+    BuildTimeoutError,
+    ClusterStateError,
+    RayDogError,
+    SpecError,
+    WaitTimeoutError,
+)
+from yellowdog_ray.raydog import events, plan
+from yellowdog_ray.raydog.assembly import Assembly
+from yellowdog_ray.raydog.core import Phase
+from yellowdog_ray.raydog.ending import ClusterEnding
+from yellowdog_ray.raydog.pools import BuiltPool
+from yellowdog_ray.raydog.preview import ClusterPlan, preview
+from yellowdog_ray.raydog.scripts import get_script
+from yellowdog_ray.raydog.specs import (
+    check_duration,
+)
+from yellowdog_ray.raydog.transport import Operation
+from yellowdog_ray.raydog.undo import take_back
+from yellowdog_ray.raydog.waiting import wait_for_ray
+from yellowdog_ray.raydog.watch import HeadWatch
+
+__all__ = ["ClusterBuilding"]
+
+log = logging.getLogger(__name__)
+
+
+class ClusterBuilding(ClusterEnding):
+    """The part of a cluster that is built."""
+
+    def plan(self, head_node_build_timeout: timedelta | None = None) -> ClusterPlan:
+        """Tell what :meth:`build` will create, without any call: printable, and as JSON.
+
+        It holds no secret; the Ray token and what is not known yet are said in words.
+
+        :param head_node_build_timeout: as it will be given to :meth:`build`.
+        :raises ClusterStateError: where the cluster is built already.
+        """
+        timeout = check_duration(head_node_build_timeout, "head_node_build_timeout")
+        with self._lock:
+            built = self._assemble(timeout)
+            pools = [built.head, built.observability, *self._pools.values()]
+        return preview(
+            self._spec,
+            [pool.plan for pool in pools if pool is not None],
+            token=self._spec.ray_auth == "token",
+            build_timeout=timeout,
+            secrets=[self._credentials.key_secret.get_secret_value()],
+        )
+
+    def build(
+        self,
+        head_node_build_timeout: timedelta | None = None,
+        *,
+        until: Literal["executing", "ray"] = "executing",
+    ) -> tuple[str, str | None]:
+        """Build the cluster, and return when the head node's task is executing.
+
+        The workers go on joining after that; see :meth:`wait_for_workers`. Where anything fails, the time
+        is over or Ctrl-C is pressed, what had been created is taken back before the error is raised.
+
+        :param head_node_build_timeout: how long it may take; None for as long as it takes, eleven hours at
+            most.
+        :param until: ``"ray"`` to return only when Ray on the head answers that it is healthy, some seconds
+            later; the cluster needs an ``access`` for it.
+        :returns: the private and the public address of the head node, the latter None where it has none.
+        :raises SpecError: where the timeout is none.
+        :raises StateError: where the state file cannot be written.
+        :raises ClusterStateError: where the cluster is built already.
+        :raises CredentialsError: where the platform does not accept the key.
+        :raises NotFoundError: where the platform does not know a template.
+        :raises NameTakenError: where there is something else under one of the cluster's names.
+        :raises BuildError: where the head cannot come up, with the reason.
+        :raises BuildTimeoutError: a :class:`TimeoutError`: where it takes too long.
+        """
+        timeout = check_duration(head_node_build_timeout, "head_node_build_timeout")
+        if until not in ("executing", "ray"):
+            raise SpecError(f'until: "executing" or "ray" is needed, not {until!r}')
+        if until == "ray" and self._access is None:
+            raise SpecError(
+                'until: "ray" needs a way to the head: give the cluster access=SSHAccess(...), or "direct" '
+                "where this process can connect to the nodes' addresses itself"
+            )
+        self._check_not_built()
+        with self._building:
+            built = self._assemble(timeout)
+            operation = Operation((timeout or plan.MAX_BUILD).total_seconds())
+            try:
+                with self._lock:
+                    self._builder = threading.current_thread()
+                    self._phase = Phase.BUILDING
+                    self._assembly, self._failure = built, None
+                    workers = list(self._pools.values())
+                self._open_journal(built, workers)
+                built.build(workers, built.crew(operation))
+                if until == "ray":
+                    self._wait_for_ray(built, operation)
+                with self._lock:
+                    built.check_running()
+                    self._note_running(built, workers)
+                    self._phase = Phase.RUNNING
+            except BaseException as error:
+                self._take_back(built, error)
+                raise
+        self._begin_watch()
+        try:
+            self.use_ray_auth()
+        except Exception as error:
+            # The cluster is there, and its user has to get to know it.
+            log.warning("This process could not be given the cluster's Ray token: %s", error)
+        private_ip, public_ip = str(built.head.private_ip), built.head.public_ip
+        self._emit(events.BuildFinished(self._spec.name, operation.elapsed, private_ip, public_ip))
+        return private_ip, public_ip
+
+    def _wait_for_ray(self, built: Assembly, operation: Operation) -> None:
+        def say(seconds: float) -> None:
+            built.check_running()
+            self._emit(events.Waiting(self._spec.name, "Ray on the head to answer", seconds))
+
+        with self._new_reach(built) as reach:
+            try:
+                wait_for_ray(self._platform, built.head, reach, operation, say)
+            except WaitTimeoutError as error:
+                raise BuildTimeoutError(str(error)) from error
+
+    def _begin_watch(self) -> None:
+        if self._assembly is not None:
+            self._watch = HeadWatch(self, self._platform, self._assembly.head, ClusterBuilding._head_ended)
+            self._watch.start()
+
+    def _head_ended(self, reason: str) -> None:
+        """End the cluster, for its head has ended and it cannot come back."""
+        with self._lock:
+            if self._phase is not Phase.RUNNING:
+                return
+            self._phase = Phase.ENDING
+            reason = f"its head has ended: {reason}"
+            ended = self._journal is not None and not self._journal.path.exists()
+            if ended or (self._journal is not None and self._journal.refresh().status == "ending"):
+                reason = "another process has shut it down"
+            self._failure = reason
+        self._emit(events.HeadFailed(self._spec.name, reason))
+        try:
+            self.shut_down()
+        except RayDogError as error:
+            log.error("The cluster %s could not all be shut down: %s", self._spec.name, error)
+
+    def _check_not_built(self) -> None:
+        if self._phase is not Phase.NEW:
+            raise ClusterStateError(f"the cluster cannot be built: it is {self._life}")
+
+    def _assemble(self, timeout: timedelta | None) -> Assembly:
+        """Put together what is to be built; nothing is created yet."""
+        with self._lock:
+            self._check_not_built()
+            head = plan.head_pool(self._spec, self._spec.head.script or get_script("head"))
+            observability = None
+            node = self._spec.observability
+            if node is not None:
+                script = node.script or get_script("observability")
+                observability = BuiltPool(plan.observability_pool(self._spec, node, script))
+            return Assembly(
+                self._platform,
+                self._spec,
+                self._ray_token,
+                BuiltPool(head),
+                observability,
+                self._emit,
+                idle=plan.pool_idle_timeout(timeout),
+            )
+
+    def _take_back(self, built: Assembly, error: BaseException) -> None:
+        """Take back what a build has created; where this is interrupted, shut_down() goes on with it."""
+        with self._lock:
+            if self._phase in (Phase.BUILDING, Phase.RUNNING):
+                self._phase = Phase.ENDING
+            # Not where a signal handler has shut the cluster down in between.
+            ours = self._phase is Phase.ENDING
+            workers = list(self._pools.values())
+        reason = str(error) or type(error).__name__
+        self._emit(events.RollbackStarted(self._spec.name, reason))
+        built.settle()
+        targets = built.targets(workers)
+        gone = take_back(self._platform, targets, error)
+        with self._lock:
+            if ours and gone:
+                self._assembly = None
+                for name, pool in self._pools.items():
+                    self._pools[name] = BuiltPool(pool.plan)
+                self._phase = Phase.NEW
+            elif ours:
+                self._targets = targets
+        self._note_ended(built, targets)
+        if gone:
+            self._platform.close()
+        self._emit(events.BuildFailed(self._spec.name, reason, tuple(targets.items)))

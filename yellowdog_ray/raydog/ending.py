@@ -1,0 +1,88 @@
+"""Ending a cluster, and saying what is left where that fails."""
+
+from __future__ import annotations
+
+import logging
+
+from yellowdog_ray.errors import (
+    ClusterStateError,
+    TeardownError,
+)
+from yellowdog_ray.raydog import events
+from yellowdog_ray.raydog.core import Phase
+from yellowdog_ray.raydog.members import ClusterMembers
+from yellowdog_ray.raydog.teardown import tear_down
+from yellowdog_ray.raydog.transport import Operation
+
+__all__ = ["ClusterEnding"]
+
+log = logging.getLogger(__name__)
+
+
+class ClusterEnding(ClusterMembers):
+    """The part of a cluster that ends it."""
+
+    def shut_down(self) -> None:
+        """End the cluster: abort its tasks, shut its pools down and terminate its nodes, and verify it.
+
+        What is already gone is no error, and a second call does nothing. Where something could not be
+        ended, everything else is ended nevertheless, and another call goes on with what is left.
+
+        :raises TeardownError: where something may still be running; its ``still_running`` lists it.
+        :raises ClusterStateError: while another thread builds the cluster.
+        """
+        with self._lock:
+            if self._phase in (Phase.NEW, Phase.ENDED):
+                return
+            if self._being_built():
+                raise ClusterStateError("the cluster is being built by another thread; interrupt that one")
+            self._phase = Phase.ENDING
+        try:
+            with self._ending:
+                if self._phase is not Phase.ENDED:
+                    self._end()
+        except TeardownError as error:
+            self._emit(events.ShutdownFailed(self._spec.name, str(error), tuple(error.still_running)))
+            raise
+        except BaseException:
+            log.error(
+                "The shutting down of the cluster %s was interrupted. May still be running: %s. Call "
+                "shut_down() again, or `raydog shut-down` with the state file %s",
+                self._spec.name,
+                str(self._targets or "") or "all of it",
+                "that save_state_to_json_file() writes" if self._journal is None else self._journal.path,
+            )
+            raise
+        finally:
+            self._forget_token()
+
+    def _end(self) -> None:
+        operation = Operation()
+        built = self._assembly
+        if self._watch is not None:
+            self._watch.stop()
+        if self._targets is None and built is not None:
+            built.settle()
+            self._synchronise()
+            with self._lock:
+                workers = [*self._pools.values(), *self._unfinished.values()]
+            if self._journal is not None:
+                self._journal.note(lambda state: state.but(status="ending", failure=self._failure))
+            if self._keep_logs is not None:
+                self._keep([pool for pool in (built.head, built.observability, *workers) if pool is not None])
+            self._targets = built.targets(workers)
+        if self._targets is not None and built is not None:
+            self._emit(events.ShutdownStarted(self._spec.name, tuple(self._targets.items)))
+            try:
+                tear_down(self._platform, self._targets)
+            finally:
+                self._note_ended(built, self._targets)
+        with self._lock:
+            self._targets = None
+            self._unfinished.clear()
+            self._phase = Phase.ENDED
+            reach, self._reach = self._reach, None
+        if reach is not None:
+            reach.close()
+        self._platform.close()
+        self._emit(events.ShutdownFinished(self._spec.name, operation.elapsed))
