@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from yellowdog_ray.local import LocalPlatform
     from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
+    from yellowdog_ray.raydog.reach import SSHAccess
     from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "RayDogCluster",
     "RayDogClusterProxy",
     "RayTunnels",
+    "SSHAccess",
     "SSHTunnelSpec",
     "__version__",
 ]
@@ -29,6 +31,7 @@ _HOMES = {
     "RayDogCluster": "yellowdog_ray.raydog.builder",
     "RayDogClusterProxy": "yellowdog_ray.raydog.builder",
     "RayTunnels": "yellowdog_ray.utils.ray_ssh_tunnels",
+    "SSHAccess": "yellowdog_ray.raydog.reach",
     "SSHTunnelSpec": "yellowdog_ray.utils.ray_ssh_tunnels",
 }
 

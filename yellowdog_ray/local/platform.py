@@ -34,6 +34,7 @@ from yellowdog_ray.local.supervisor import NODE_FILES
 if TYPE_CHECKING:
     from yellowdog_ray.local.events import Event
     from yellowdog_ray.local.scheduler import Scheduler
+    from yellowdog_ray.raydog.reach import SSHAccess
 
 __all__ = ["DEFAULT_TEMPLATES", "LocalPlatform", "NodeTemplate"]
 
@@ -162,6 +163,15 @@ class LocalPlatform:
         """The port of SSH at a node's public address: 22 as root, else an unprivileged one."""
         self._require_running()
         return self._nodes.ssh_port
+
+    @property
+    def ssh_access(self) -> SSHAccess:
+        """How to log in to the nodes: what a cluster takes as its ``access``."""
+        from yellowdog_ray.raydog.reach import SSHAccess
+
+        return SSHAccess(
+            self.ssh_user, self.ssh_private_key_file, port=self.ssh_port, host_key=self.ssh_host_key
+        )
 
     @property
     def directory(self) -> str:

@@ -143,16 +143,24 @@ class ClusterBuilding(ClusterEnding):
             if self._phase is not Phase.RUNNING:
                 return
             self._phase = Phase.ENDING
-            reason = f"its head has ended: {reason}"
-            ended = self._journal is not None and not self._journal.path.exists()
-            if ended or (self._journal is not None and self._journal.refresh().status == "ending"):
-                reason = "another process has shut it down"
+            reason = self._why_ended(reason)
             self._failure = reason
         self._emit(events.HeadFailed(self._spec.name, reason))
         try:
             self.shut_down()
         except RayDogError as error:
             log.error("The cluster %s could not all be shut down: %s", self._spec.name, error)
+
+    def _why_ended(self, reason: str) -> str:
+        """Tell why a head has ended: by itself, or because another process is ending the cluster."""
+        journal = self._journal
+        if journal is not None:
+            state = journal.refresh()
+            if state.status == "ending":
+                return state.failure or "another process has shut it down"
+            if not journal.path.exists() and ("ended ABORTED" in reason or "ended CANCELLED" in reason):
+                return "another process has shut it down"
+        return f"its head has ended: {reason}"
 
     def _check_not_built(self) -> None:
         if self._phase is not Phase.NEW:

@@ -34,6 +34,9 @@ __all__ = ["ClusterInsight"]
 
 log = logging.getLogger(__name__)
 
+# How much of the end of a task's output is kept.
+_KEPT_BYTES = 10_000_000
+
 
 class ClusterInsight(ClusterRecord):
     """The part of a cluster that looks at it."""
@@ -142,8 +145,7 @@ class ClusterInsight(ClusterRecord):
                 raise ClusterStateError(f"there is no output: the cluster is {self._life}")
             every = (built.head, built.observability, *self._pools.values(), *self._unfinished.values())
             pools = {pool.plan.internal_name: pool for pool in every if pool is not None}
-        names = {pool.plan.group: name for name, pool in pools.items()}
-        found = {} if self._keep_logs is None else logs.kept(self._keep_logs, names)
+        found = {} if self._keep_logs is None else logs.kept(self._keep_logs / self._spec.name)
         if self._phase is not Phase.ENDED:
             wanted = [pool for name, pool in pools.items() if internal_name in (None, name)]
             fresh = logs.collect(self._platform, self._way(), wanted, max_bytes)
@@ -162,7 +164,10 @@ class ClusterInsight(ClusterRecord):
         if self._keep_logs is None:
             return
         try:
-            logs.keep(self._keep_logs, logs.collect(self._platform, self._way(), pools, 10_000_000))
+            logs.keep(
+                self._keep_logs / self._spec.name,
+                logs.collect(self._platform, self._way(), pools, 10_000_000),
+            )
         except RayDogError as error:
             log.warning("The output of the nodes could not be kept: %s", error)
 

@@ -8,6 +8,7 @@ It is removed when the cluster has been verified as ended.
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import threading
@@ -162,7 +163,13 @@ class Journal:
                 entries, self._pending = self._pending, []
             # None are left where another thread has just written ours too.
             if entries:
-                self._apply(entries)
+                try:
+                    self._apply(entries)
+                except BaseException:
+                    # An interrupt ends this change only, and not those of other threads.
+                    with self._pending_lock:
+                        self._pending = [one for one in entries if one is not entry] + self._pending
+                    raise
             if entry.error is not None:
                 raise entry.error
             return self._state
@@ -172,7 +179,7 @@ class Journal:
         try:
             with self._write_lock, self._file_lock():
                 self.path.unlink(missing_ok=True)
-                for left in self.path.parent.glob(f".{self.path.name}.*"):
+                for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*"):
                     left.unlink(missing_ok=True)
         except (OSError, StateError) as error:
             log.warning("The state file %s of an ended cluster could not be removed: %s", self.path, error)
@@ -181,9 +188,13 @@ class Journal:
     def changing_groups(self) -> Iterator[None]:
         """Keep other processes from changing the work requirement's task groups meanwhile.
 
-        :raises StateError: where another process does not come to an end of it.
+        :raises StateError: where another process does not come to an end of it, or no file can be made.
         """
-        with self._file_lock("groups", _GROUPS_LOCK_SECONDS):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._file_lock("groups", _GROUPS_LOCK_SECONDS))
+            except OSError as error:
+                raise self._cannot_be_written(error) from error
             yield
 
     def _apply(self, entries: list[_Entry]) -> None:
@@ -192,8 +203,11 @@ class Journal:
                 try:
                     state = ClusterState.load(self.path)
                 except FileNotFoundError:
-                    # Somebody has removed it. What is known here is better than nothing.
+                    # Somebody has removed it. What is known here is better than nothing; but a build whose
+                    # file is gone has been shut down by another process, and may not go on.
                     state = self._state
+                    if state.status == "building":
+                        state = state.but(status="ending")
                 for entry in entries:
                     try:
                         state = entry.change(state)
@@ -202,17 +216,16 @@ class Journal:
                 self._write(state)
                 self._state = state
         except (OSError, StateError) as error:
-            reason = (
-                error
-                if isinstance(error, StateError)
-                else StateError(f"the state file {self.path} cannot be written: {error.strerror or error}")
-            )
+            reason = error if isinstance(error, StateError) else self._cannot_be_written(error)
             for entry in entries:
                 entry.error = reason
             with self._pending_lock:
                 self._pending = [
                     _Entry(entry.change, True) for entry in entries if entry.keep
                 ] + self._pending
+
+    def _cannot_be_written(self, error: OSError) -> StateError:
+        return StateError(f"the state file {self.path} cannot be written: {error.strerror or error}")
 
     def _write(self, state: ClusterState) -> None:
         state.but(saved=datetime.now(timezone.utc)).save(self.path)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote, unquote
 
 from yellowdog_ray.errors import RayDogError
 from yellowdog_ray.raydog.platform import Platform
@@ -127,26 +127,27 @@ def _missing(pool: BuiltPool, task: Task, note: str) -> NodeLog:
 
 
 def keep(directory: Path, logs: dict[str, NodeLog]) -> None:
-    """Write what has been fetched into files, one for each task; what cannot be written is only logged."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for found in logs.values():
-            if found.text is not None:
-                write_private(directory / f"{found.task}.log", found.text)
-            else:
-                log.warning("The output of %s was not kept: %s", found.task, found.note)
-    except OSError as error:
-        log.warning("The nodes' output could not be kept in %s: %s", directory, error)
+    """Write what has been fetched into files, one for each task, in a directory for each pool.
 
-
-def kept(directory: Path, pools: dict[str, str]) -> dict[str, NodeLog]:
-    """Read what was kept.
-
-    :param pools: the internal names of the pools by their groups' names.
+    What cannot be had or written is only logged.
     """
-    logs = {}
-    for path in sorted(directory.glob("*.log")):
-        group = re.sub(r"-\d{5,}$", "", path.stem)
-        text = path.read_text(encoding="utf-8", errors="replace")
-        logs[path.stem] = NodeLog(path.stem, pools.get(group, group), text, "kept")
-    return logs
+    for found in logs.values():
+        if found.text is None:
+            log.warning("The output of %s was not kept: %s", found.task, found.note)
+            continue
+        try:
+            place = directory / quote(found.pool, safe="")
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_private(place / f"{found.task}.log", found.text)
+        except OSError as error:
+            log.warning("The output of %s could not be kept in %s: %s", found.task, directory, error)
+
+
+def kept(directory: Path) -> dict[str, NodeLog]:
+    """Read what was kept, by the tasks' names."""
+    return {
+        path.stem: NodeLog(
+            path.stem, unquote(path.parent.name), path.read_text("utf-8", errors="replace"), "kept"
+        )
+        for path in sorted(directory.glob("*/*.log"))
+    }

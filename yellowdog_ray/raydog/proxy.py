@@ -102,12 +102,13 @@ class RayDogClusterProxy:
         operation = Operation()
         targets = self._targets
         try:
+            if journal is not None:
+                # Whoever still builds it or adds to it stops then. What it has named up to here is in the
+                # file now, and is ended too.
+                journal.note(lambda state: state.but(status="ending"))
             if targets is None:
                 targets = self._targets = _all_targets(self._state, journal)
             emit(events.ShutdownStarted(title, tuple(targets.items)))
-            if journal is not None:
-                # Whoever still builds it or adds to it stops then.
-                journal.note(lambda state: state.but(status="ending"))
             asked = bool(targets.items)
             known = tear_down(platform, targets)
         except TeardownError as error:
