@@ -49,6 +49,7 @@ def run(isolation: str | None = None) -> int:
             cluster_namespace=platform.namespace,
             head_node_compute_requirement_template_id=platform.template_names[0],
             head_node_ray_start_script=None,
+            progress=False,  # the steps below are the progress
         )
         for name in ("first", "second"):
             cluster.add_worker_pool(

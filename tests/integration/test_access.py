@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from yellowdog_ray import LocalPlatform, RayDogCluster
+from tests.integration.test_cluster import free_port
+from yellowdog_ray import LocalPlatform, RayDogCluster, SSHTunnelSpec
 from yellowdog_ray.errors import ClusterStateError
 from yellowdog_ray.raydog import events, watch
 from yellowdog_ray.raydog.scripts import get_script
@@ -40,7 +41,7 @@ def test_life_with_access(platform, make_cluster, nothing_runs, tmp_path, monkey
     cluster.add_worker_pool(platform.template_names[0], script, 1, "small")
     cluster.build(timedelta(minutes=2), until="ray")
     # Ray answers: nothing has to be waited for.
-    with cluster.tunnels() as tunnels:
+    with cluster.tunnels([SSHTunnelSpec("localhost", free_port(), "localhost", 8265)]) as tunnels:
         tunnels.wait_for_ray(0.1)
     workers = cluster.wait_for_workers(timeout=60)
     assert (workers, workers.source) == (1, "ray")
@@ -107,13 +108,9 @@ sys.stdin.read()
 @pytest.mark.parametrize("moment", [0.4, "built"])
 def test_killed_builder(platform: LocalPlatform, nothing_runs, moment):
     """A builder that is killed with -9 leaves a state file, and the night script ends its real nodes."""
-    arguments = [
-        platform.url,
-        platform.key_id,
-        platform.secret,
-        platform.namespace,
-        platform.template_names[0],
-    ]
+    name = f"killed-{os.getpid()}-{platform.isolation.value}-{1 if moment == 'built' else 0}"
+    account = (platform.url, platform.key_id, platform.secret, platform.namespace)
+    arguments = [*account, platform.template_names[0], name]
     builder = subprocess.Popen(
         [sys.executable, "-c", _BUILD, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
