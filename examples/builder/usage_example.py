@@ -23,7 +23,7 @@ from datetime import timedelta
 
 import ray
 
-from yellowdog_ray import LocalPlatform, RayDogCluster, RayDogClusterProxy, RayTunnels
+from yellowdog_ray import LocalPlatform, RayDogCluster, RayDogClusterProxy, SSHAccess
 from yellowdog_ray.errors import RayDogError
 
 STARTED = time.monotonic()
@@ -39,9 +39,7 @@ class Account:
     namespace: str
     template: str
     images_id: str | None
-    ssh_user: str
-    ssh_key: str
-    ssh_port: int = 22
+    access: SSHAccess
 
 
 @contextlib.contextmanager
@@ -56,8 +54,7 @@ def account() -> Iterator[Account]:
             settings["RAYDOG_NAMESPACE"],
             settings["RAYDOG_TEMPLATE"],
             settings.get("RAYDOG_IMAGES_ID"),
-            settings.get("RAYDOG_SSH_USER", "yd-agent"),
-            settings["RAYDOG_SSH_KEY"],
+            SSHAccess(settings.get("RAYDOG_SSH_USER", "yd-agent"), settings["RAYDOG_SSH_KEY"]),
         )
         return
     with LocalPlatform() as platform:
@@ -69,14 +66,12 @@ def account() -> Iterator[Account]:
             platform.namespace,
             platform.template_names[0],
             None,
-            platform.ssh_user,
-            platform.ssh_private_key_file,
-            platform.ssh_port,
+            platform.ssh_access,
         )
     say(f"local platform closed; left on this machine: {', '.join(platform.leftovers()) or 'nothing'}")
 
 
-def say(text: str) -> None:
+def say(text: object) -> None:
     print(f"{time.monotonic() - STARTED:6.1f} s  {text}", flush=True)
 
 
@@ -86,15 +81,8 @@ def square(number: int) -> tuple[int, str]:
     return number * number, ray.util.get_node_ip_address()
 
 
-def wait_for_ray_nodes(count: int) -> list[str]:
-    """Wait until Ray has so many nodes, and return their addresses."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        addresses = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-        if len(addresses) == count:
-            return addresses
-        time.sleep(0.2)
-    raise TimeoutError(f"Ray did not come to {count} nodes in 300 s")
+def addresses() -> str:
+    return ", ".join(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]))
 
 
 def main() -> int:
@@ -109,6 +97,9 @@ def main() -> int:
             head_node_images_id=here.images_id,
             head_node_ray_start_script=None,  # the default script
             cluster_lifetime=timedelta(hours=1),  # YellowDog ends it by then, whatever becomes of this script
+            access=here.access,  # so that Ray itself can be asked, and the nodes' output be read
+            on_event=say,
+            progress=False,
         )
 
         def add_pool(name: str) -> None:
@@ -122,30 +113,30 @@ def main() -> int:
 
         add_pool("first")
         add_pool("second")
-        # The cluster is shut down at the end of this block, whatever happens in it.
+        # The cluster is shut down at the end of this block, whatever happens in it. Should this process be
+        # killed, `raydog list` shows its state file, and `raydog shut-down FILE` ends it.
         with cluster:
-            private_ip, public_ip = cluster.build(head_node_build_timeout=timedelta(minutes=10))
-            say(f"the head runs at {private_ip}")
+            cluster.build(head_node_build_timeout=timedelta(minutes=10), until="ray")
             state = cluster.save_state_to_json()
 
-            with RayTunnels(
-                public_ip or private_ip, here.ssh_user, private_key_file=here.ssh_key, ssh_port=here.ssh_port
-            ) as tunnels:
-                tunnels.wait_for_ray()  # build() returns some seconds before Ray takes clients
+            with cluster.tunnels() as tunnels:
                 ray.init(tunnels.client_address, logging_level=logging.ERROR)
-                say(f"Ray's nodes: {', '.join(wait_for_ray_nodes(3))}")
+                cluster.wait_for_workers(timeout=timedelta(minutes=10))
+                say(f"Ray's nodes: {addresses()}")
                 results = ray.get([square.remote(number) for number in range(20)])
                 say(f"squares: {[result for result, _ in results]}")
                 say(f"computed on: {', '.join(sorted({address for _, address in results}))}")
 
                 add_pool("third")
-                say(f"with a third pool: {', '.join(wait_for_ray_nodes(4))}")
+                cluster.scale_worker_pool("second", 2)
+                cluster.wait_for_workers(timeout=timedelta(minutes=10))
+                say(f"with a third pool, and a second node in the second: {addresses()}")
                 cluster.remove_worker_pool_by_internal_name("first")
-                say(f"without the first: {', '.join(wait_for_ray_nodes(3))}")
+                say(cluster.status())
                 ray.shutdown()
 
-            # What a teardown script does with the state that was saved; the third pool came later.
-            cluster.remove_worker_pool_by_internal_name("third")
+            # What a teardown script does with a state that was saved, wherever it runs. On this machine it
+            # also finds what came later, the third pool, in the cluster's own state file.
             proxy = RayDogClusterProxy(here.key_id, here.key_secret)
             proxy.load_saved_state_from_json(state)
             proxy.shut_down()

@@ -112,6 +112,7 @@ class LocalPlatform:
         self._lock: int | None = None
         self._nodes_made: LocalNodes | None = None
         self._server: _Server | None = None
+        self._url: str | None = None
         self._key_id = str(uuid.uuid4())
         self._secret = secrets.token_urlsafe(32)
 
@@ -121,7 +122,7 @@ class LocalPlatform:
     def url(self) -> str:
         """The base URL of the API."""
         self._require_running()
-        return f"http://127.0.0.1:{self._server.port if self._server else 0}"
+        return str(self._url)
 
     @property
     def key_id(self) -> str:
@@ -240,6 +241,7 @@ class LocalPlatform:
         if self._nodes.isolation is Isolation.PROCESSES:
             _require_ray_ports(self._nodes)
         self._server = _Server(self, self._listener, self._nodes)
+        self._url = f"http://127.0.0.1:{self._server.port}"
         self._server.start()
 
     def close(self) -> None:
@@ -253,6 +255,8 @@ class LocalPlatform:
         self._state = _State.CLOSING
         self._end()
         self._state = _State.CLOSED
+        if self._url is not None:
+            _forget_clusters(self._url)
 
     def _end(self) -> None:
         """Undo what has been done of :meth:`_start`, each step whether or not the one before it worked."""
@@ -497,3 +501,13 @@ def _require_ray_ports(nodes: LocalNodes) -> None:
                     f"{nodes.isolation.sentence()} share its ports: end what uses it, or start the platform "
                     "where it can make namespaces"
                 ) from None
+
+
+def _forget_clusters(url: str) -> None:
+    """Remove the state files of clusters that have ended with a platform: there is nothing left to end."""
+    from yellowdog_ray.raydog.journal import forget_all
+
+    try:
+        forget_all(url)
+    except OSError as error:
+        _log.info("State files of clusters that have ended may be left: %s", error)

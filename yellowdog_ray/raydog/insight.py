@@ -83,7 +83,6 @@ class ClusterInsight(ClusterRecord):
             Operation(None if limit is None else limit.total_seconds()),
             self._emit,
             self._way(),
-            logs.tail,
         )
         try:
             return wait.run()

@@ -24,7 +24,7 @@ from platformdirs import user_state_path
 from yellowdog_ray.errors import RayDogError, StateError
 from yellowdog_ray.raydog.state import ClusterState
 
-__all__ = ["Journal", "default_path", "find_states", "state_directory"]
+__all__ = ["Journal", "default_path", "find_states", "forget_all", "state_directory"]
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,15 @@ class _Entry:
     change: Change
     keep: bool
     error: RayDogError | None = None
+
+
+def forget_all(api_url: str) -> None:
+    """Remove the state files of all clusters behind an API that has ended, and all of them with it."""
+    for path in find_states(state_directory()):
+        with contextlib.suppress(OSError, StateError):
+            journal = Journal.open(path)
+            if journal.state.api_url == api_url:
+                journal.remove()
 
 
 class Journal:

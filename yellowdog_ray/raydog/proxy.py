@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from yellowdog_ray.errors import ClusterStateError, StateError, TeardownError
 from yellowdog_ray.raydog import events
@@ -96,6 +98,7 @@ class RayDogClusterProxy:
         credentials = self._credentials
         if not self._api_url and self._state.api_url:
             credentials = credentials.model_copy(update={"api_url": check_api_url(self._state.api_url)})
+        _check_local(credentials.api_url, self._state)
         platform = Platform(credentials, self._say_retry)
         journal = _journal(self._state)
         title = self._state.cluster_name or self._state.title
@@ -119,7 +122,7 @@ class RayDogClusterProxy:
                 "The shutting down of the cluster %s was interrupted. May still be running: %s. Call "
                 "shut_down() again, or `raydog shut-down` with its saved state",
                 title,
-                targets,
+                "all of it" if targets is None else targets,
             )
             raise
         finally:
@@ -149,6 +152,25 @@ class RayDogClusterProxy:
     def _say_retry(self, what: str, reason: str) -> None:
         title = "" if self._state is None else self._state.title
         emit(events.CallRetried(title, what, reason))
+
+
+def _check_local(api_url: str, state: ClusterState) -> None:
+    """Raise at once where the state is that of a local platform, and nobody listens there any more.
+
+    Elsewhere an API that cannot be reached is tried again for minutes, for it will come back.
+    """
+    parts = urlsplit(api_url)
+    if parts.scheme != "http" or parts.hostname is None:
+        return
+    try:
+        socket.create_connection((parts.hostname, parts.port or 80), 5.0).close()
+    except ConnectionRefusedError:
+        raise StateError(
+            f"nobody listens at {api_url}, where the cluster {state.title} was built. A local platform that "
+            "has ended has ended its nodes too: then remove the state file"
+        ) from None
+    except OSError:
+        return  # said better by the calls that follow
 
 
 def _journal(state: ClusterState) -> Journal | None:

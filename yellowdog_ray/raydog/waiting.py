@@ -14,7 +14,7 @@ from yellowdog_ray.raydog.pools import BuiltPool
 from yellowdog_ray.raydog.transport import Operation, Pause
 
 if TYPE_CHECKING:
-    from yellowdog_client.model import Task, WorkRequirement
+    from yellowdog_client.model import WorkRequirement
 
     from yellowdog_ray.raydog.reach import Reach
 
@@ -86,7 +86,6 @@ class Wait:
     :param work_requirement_id: the cluster's.
     :param count: how many there have to be.
     :param reach: the way to the head, by which Ray is asked; None where there is none.
-    :param output: fetches the end of the output of a task, as far as it can be had.
     """
 
     platform: Platform
@@ -98,7 +97,6 @@ class Wait:
     operation: Operation
     emit: events.Emitter
     reach: Reach | None = None
-    output: Callable[[Task], str | None] = lambda task: None
     _ray_silent_since: float | None = None
     _said: tuple[int, Source] | None = None
 
@@ -192,9 +190,7 @@ class Wait:
             if ended:
                 rest = len(ended) - 1
                 more = f" (and {rest} more of {pool.plan.internal_name})" if rest else ""
-                tail = self.output(ended[0])
-                end = f"\n{tail}" if tail else ""
-                reasons.append(f"{task_failure(ended[0], 'the worker task', None)}{more}{end}")
+                reasons.append(f"{task_failure(ended[0], 'the worker task', None)}{more}")
         return reasons
 
 
