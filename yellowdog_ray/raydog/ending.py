@@ -62,12 +62,13 @@ class ClusterEnding(ClusterMembers):
         if self._watch is not None:
             self._watch.stop()
         if self._targets is None and built is not None:
+            if self._journal is not None:
+                # Other processes add nothing more then; what they have named up to here is ended too.
+                self._journal.note(lambda state: state.but(status="ending", failure=self._failure))
             built.settle()
             self._synchronise()
             with self._lock:
                 workers = [*self._pools.values(), *self._unfinished.values()]
-            if self._journal is not None:
-                self._journal.note(lambda state: state.but(status="ending", failure=self._failure))
             if self._keep_logs is not None:
                 self._keep([pool for pool in (built.head, built.observability, *workers) if pool is not None])
             self._targets = built.targets(workers)

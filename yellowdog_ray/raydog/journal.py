@@ -107,8 +107,7 @@ class Journal:
         path = path.absolute()
         journal = cls(path, state.but(state_file=str(path)))
         try:
-            if path.parent == state_directory().absolute():
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with journal._file_lock():
                 journal._check_free()
                 journal._write(journal._state)
@@ -209,12 +208,15 @@ class Journal:
     def _apply(self, entries: list[_Entry]) -> None:
         try:
             with self._file_lock():
+                needed = True
                 try:
                     state = ClusterState.load(self.path)
                 except FileNotFoundError:
-                    # Somebody has removed it. What is known here is better than nothing; but a build whose
-                    # file is gone has been shut down by another process, and may not go on.
+                    # Another process has ended the cluster, or somebody has removed the file. It comes back
+                    # only for something new; what is known here goes in then. A build whose file is gone has
+                    # been shut down by another process, and may not go on.
                     state = self._state
+                    needed = any(not entry.keep for entry in entries)
                     if state.status == "building":
                         state = state.but(status="ending")
                 for entry in entries:
@@ -222,7 +224,8 @@ class Journal:
                         state = entry.change(state)
                     except RayDogError as error:
                         entry.error = error
-                self._write(state)
+                if needed:
+                    self._write(state)
                 self._state = state
         except (OSError, StateError) as error:
             reason = error if isinstance(error, StateError) else self._cannot_be_written(error)

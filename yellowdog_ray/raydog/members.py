@@ -106,8 +106,8 @@ class ClusterMembers(ClusterInsight):
                     self._unfinished[name] = self._pools.pop(name)
             if cluster.discard(pool, crew, error):
                 with self._lock:
+                    self._note_gone(pool)
                     self._unfinished.pop(name, None)
-                self._note_gone(pool)
             raise
         finally:
             self._close_display()
@@ -193,10 +193,11 @@ class ClusterMembers(ClusterInsight):
         # The nodes first: they are what costs. A task of a node that is gone would wait for another one.
         tear_down(self._platform, cluster.pool_targets(pool), until="terminating")
         with self._lock:
+            # In the file first: what is there and not here is taken for another process's.
+            self._note_gone(pool)
             for pools in (self._pools, self._unfinished):
                 if pools.get(name) is pool:
                     del pools[name]
-        self._note_gone(pool)
         cancel_tasks(self._platform, pool, assembly.CANCEL_SECONDS)
         self._emit(events.PoolRemoved(self._spec.name, pool.plan.name, name))
 
