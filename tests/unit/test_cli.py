@@ -32,10 +32,22 @@ def test_shut_down_needs_a_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Without an application key, `raydog shut-down` exits with 2 and names the variables."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("YD_API_KEY_ID", raising=False)
     monkeypatch.setenv("YD_API_KEY_SECRET", "secret")
     assert main(["shut-down", str(tmp_path / "state.json")]) == 2
     assert "YD_API_KEY_ID" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "list", "status", "logs", "shut-down"])
+def test_help_says_the_exit_statuses(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """`--help` of the command and of each of its commands on states tells all exit statuses."""
+    with pytest.raises(SystemExit) as ended:
+        main([*filter(None, [command]), "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for status in ("  0  ", "  1  ", "  2  ", "  3  ", "  130  ", "  143  "):
+        assert status in printed
 
 
 def test_one_bad_state_does_not_keep_the_others_running(

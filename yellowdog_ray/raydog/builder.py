@@ -289,4 +289,5 @@ def _journal_of(state: ClusterState | str | os.PathLike[str]) -> Journal:
             continue
         if journal.state.build_id == given.build_id:
             return journal
-    return Journal.create(usual, given)
+    # It is written when there is something new to keep.
+    return Journal(usual.absolute(), given.but(state_file=str(usual.absolute())))

@@ -142,6 +142,10 @@ class Journal:
                 log.debug("The state file %s was not read again: %s", self.path, error)
             return self._state
 
+    def ended_elsewhere(self) -> bool:
+        """Tell whether another process ends the cluster, or has done so."""
+        return not self.path.exists() or self.refresh().status == "ending"
+
     def update(self, change: Change) -> ClusterState:
         """Change the state, and return when the change is on the disk.
 
@@ -207,6 +211,7 @@ class Journal:
 
     def _apply(self, entries: list[_Entry]) -> None:
         try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._file_lock():
                 needed = True
                 try:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # How long all of the logs of a pool may take.
 _SECONDS = 60.0
-_NO_ACCESS = "it can be read over SSH while the node lives: give the cluster access=SSHAccess(...)"
+_NO_ACCESS = "it can be read over SSH while the node lives, which needs to be told how to log in"
 _ENDED = (
     "its task has ended, and the agent deletes a task's output then; no copy was kept "
     "(keep_logs=... keeps one when a pool is removed or the cluster shut down)"

@@ -425,7 +425,6 @@ class Platform:
             f"cancel the task {task_id}",
             lambda: work.cancel_task_by_id(task_id, abort=True),
             operation,
-            may_be_missing=True,
         )
 
     def resize_pool(self, pool_id: str, size: int, operation: Operation) -> None:
@@ -445,7 +444,6 @@ class Platform:
                 f"shut the node {node_id} down",
                 lambda: workers.shutdown_node_by_id(node_id),
                 operation,
-                may_be_missing=True,
             )
         except RayDogError as error:
             if not already_gone(error):

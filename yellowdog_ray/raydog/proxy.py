@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from yellowdog_ray.errors import ClusterStateError, StateError, TeardownError
 from yellowdog_ray.raydog import events
-from yellowdog_ray.raydog.journal import Journal
+from yellowdog_ray.raydog.journal import Journal, state_directory
 from yellowdog_ray.raydog.platform import Platform
 from yellowdog_ray.raydog.specs import (
     CREDENTIAL_PARAMETERS,
@@ -57,6 +57,7 @@ class RayDogClusterProxy:
             api_url=DEFAULT_API_URL if yd_platform_api_url in (None, "") else yd_platform_api_url,
         )
         self._state: ClusterState | None = None
+        self._file: Path | None = None
         self._targets: Targets | None = None
 
     def __repr__(self) -> str:
@@ -76,10 +77,10 @@ class RayDogClusterProxy:
         :raises StateError: where it is not the saved state of a cluster.
         :raises OSError: where it cannot be read.
         """
-        self._load(ClusterState.load(file_name))
+        self._load(ClusterState.load(file_name), Path(file_name))
 
-    def _load(self, state: ClusterState) -> None:
-        self._state = state
+    def _load(self, state: ClusterState, file: Path | None = None) -> None:
+        self._state, self._file = state, file
         self._targets = None
 
     def shut_down(self) -> None:
@@ -133,6 +134,9 @@ class RayDogClusterProxy:
             self._check_nothing_known(self._state, credentials)
         if journal is not None:
             journal.remove()
+        if self._file is not None and self._file.absolute().parent == state_directory().absolute():
+            # A state directory that came from elsewhere: nobody saved it there on purpose.
+            Journal(self._file.absolute(), self._state).remove()
         emit(events.ShutdownFinished(title, operation.elapsed))
 
     def _check_nothing_known(self, state: ClusterState, credentials: Credentials) -> None:

@@ -9,7 +9,7 @@ from yellowdog_ray.errors import PlatformError, TeardownError
 from yellowdog_ray.raydog import plan
 from yellowdog_ray.raydog.assembly import Assembly
 from yellowdog_ray.raydog.pools import BuiltPool
-from yellowdog_ray.raydog.transport import Operation
+from yellowdog_ray.raydog.transport import Operation, already_gone
 from yellowdog_ray.raydog.undo import add_note, cancel_all
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def scale(assembly: Assembly, pool: BuiltPool, count: int, operation: Operation)
             _take_back(assembly, pool, {task.id for task in unfinished}, before, error)
             raise
     else:
+        # There may be idle nodes, of tasks that have ended.
+        _resize(assembly, pool, count, operation)
         _set_count(assembly, pool, count)
 
 
@@ -69,7 +71,9 @@ def _shrink(
 
 def _end(assembly: Assembly, pool: BuiltPool, leaving: list[Task], count: int, operation: Operation) -> None:
     platform = assembly.platform
-    failures = cancel_all(platform, [task.id for task in leaving if task.id], operation)
+    cancelling = cancel_all(platform, [task.id for task in leaving if task.id], operation)
+    # One that has ended meanwhile, by a call of which the answer was lost or by itself, is what was wanted.
+    failures = [error for error in cancelling if not already_gone(error)]
     node_ids = {task.nodeId for task in leaving if task.nodeId}
     ending = [
         platform.submit(lambda node_id=node_id: platform.shut_down_node(node_id, operation))  # type: ignore[misc]

@@ -148,8 +148,16 @@ def _filled(value: str) -> str:
     return value
 
 
-def _filled_secret(value: SecretStr) -> SecretStr:
-    _filled(value.get_secret_value())
+def _key(value: str) -> str:
+    _filled(value)
+    # It travels in an HTTP header; what cannot would end up in an error message.
+    if not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("it holds a space, a line break or another character that no application key has")
+    return value
+
+
+def _key_secret(value: SecretStr) -> SecretStr:
+    _key(value.get_secret_value())
     return value
 
 
@@ -189,8 +197,8 @@ class Credentials(_Spec):
     :param api_url: the API's URL. Plain http is accepted for loopback addresses only.
     """
 
-    key_id: Annotated[StrictStr, AfterValidator(_filled)]
-    key_secret: Annotated[SecretStr, AfterValidator(_filled_secret)]
+    key_id: Annotated[StrictStr, AfterValidator(_key)]
+    key_secret: Annotated[SecretStr, AfterValidator(_key_secret)]
     api_url: Annotated[StrictStr, AfterValidator(_api_url)] = DEFAULT_API_URL
 
     @property

@@ -168,7 +168,7 @@ class ClusterState(BaseModel):
         """
         try:
             values = json.loads(text)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise StateError(f"{source} is not JSON: {error}") from None
         if not isinstance(values, dict) or any(key not in values for key in _LEGACY_KEYS):
             raise StateError(

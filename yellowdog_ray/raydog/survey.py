@@ -55,6 +55,7 @@ def survey(
         key = pool.plan.name if pool.plan.internal_name in statuses else pool.plan.internal_name
         statuses[key] = status
         summary = by_name.get(pool.plan.name)
+        drift += _ended(status, there.get(str(pool.id)), summary)
         alive = summary.aliveInstanceCount if summary is not None else None
         if status.problem is None and alive is not None and alive > pool.node_count:
             drift.append(
@@ -127,6 +128,21 @@ def _pool(
         status=None if summary is None or summary.status is None else str(summary.status),
         problem=problem,
     )
+
+
+def _ended(
+    pool: PoolStatus, summary: WorkerPoolSummary | None, compute: ComputeRequirementSummary | None
+) -> list[str]:
+    """Tell that a pool that should be there is not, or has come to its end."""
+    if pool.id is None or pool.problem is None:
+        return []
+    if summary is None:
+        return [f"the platform does not know the worker pool {pool.name} ({pool.id})"]
+    if summary.status is not None and summary.status.finished:
+        return [f"the worker pool {pool.name} is {summary.status}"]
+    if compute is not None and str(compute.status) in ("TERMINATING", "TERMINATED"):
+        return [f"the compute requirement of the worker pool {pool.name} is {compute.status}"]
+    return []
 
 
 def _failures(

@@ -394,8 +394,8 @@ def tear_down(
     if left:
         reasons = "".join(f"\n- {reason}" for item in left for reason in item.failures)
         raise TeardownError(
-            "not everything could be verified as ended. Call shut_down() again, or end it in YellowDog's "
-            f"portal. May still be running: {', '.join(item.what for item in left)}{reasons}",
+            "not everything could be verified as ended. Shut it down again, or end it in YellowDog's portal. "
+            f"May still be running: {', '.join(item.what for item in left)}{reasons}",
             [item.what for item in left],
         )
     return sum(item.known for item in items)
