@@ -50,6 +50,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(teardown, "STEP_SECONDS", 1.0)
     monkeypatch.setattr(teardown, "VERIFY_SECONDS", 1.0)
     monkeypatch.setattr(teardown, "LATE_SECONDS", 0.3)
+    monkeypatch.setattr(teardown, "_CONFIRM_SECONDS", 0.1)
     monkeypatch.setattr(transport, "NOT_YET_SECONDS", 0.3)
     monkeypatch.setattr(platform_module, "NOT_YET_SECONDS", 0.3)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)

@@ -35,9 +35,7 @@ STATE = ClusterState(
 
 
 def pool(name: str) -> PoolState:
-    return PoolState(
-        name=f"demo-{name}", role="worker", group=f"g-{name}", internal_name=name, node_count=1
-    )
+    return PoolState(name=f"demo-{name}", role="worker", group=f"g-{name}", internal_name=name, node_count=1)
 
 
 def adding(name: str):
@@ -364,25 +362,23 @@ def test_nobody_else_changes_groups(journal, tmp_path, monkeypatch):
     """Only one process at a time may change the task groups; where that cannot be had, it is said."""
     monkeypatch.setattr("yellowdog_ray.raydog.journal._GROUPS_LOCK_SECONDS", 0.1)
     with journal.changing_groups():
-        with pytest.raises(StateError, match="another process has been changing"):
-            with Journal.open(journal.path).changing_groups():
-                pytest.fail("two are in it")
+        other = Journal.open(journal.path)
+        with pytest.raises(StateError, match="another process has been changing"), other.changing_groups():
+            pytest.fail("two are in it")
         # Meanwhile the state itself can be changed.
         journal.update(counting)
     (tmp_path / "file").write_text("")
-    with pytest.raises(StateError, match="cannot be written"):
-        with Journal(tmp_path / "file" / "demo.json", STATE).changing_groups():
-            pytest.fail("there can be no lock")
+    nowhere = Journal(tmp_path / "file" / "demo.json", STATE)
+    with pytest.raises(StateError, match="cannot be written"), nowhere.changing_groups():
+        pytest.fail("there can be no lock")
 
 
 def test_errors_within_the_groups_lock_stay_what_they_are(journal):
     """What the platform says while the groups are changed is not taken for an error of the file."""
-    with pytest.raises(PlatformError, match="no answer"):
-        with journal.changing_groups():
-            raise PlatformError("no answer")
-    with pytest.raises(ConnectionError):
-        with journal.changing_groups():
-            raise ConnectionError
+    with pytest.raises(PlatformError, match="no answer"), journal.changing_groups():
+        raise PlatformError("no answer")
+    with pytest.raises(ConnectionError), journal.changing_groups():
+        raise ConnectionError
     with journal.changing_groups():
         pass
 
@@ -442,7 +438,7 @@ def test_it_cannot_be_removed(tmp_path, caplog):
 
 
 def test_finding_states(tmp_path):
-    """State files are found in the order of their last change, without what is hidden, temporary or a place."""
+    """State files are found in the order of their last change, without what is hidden or none."""
     assert find_states(tmp_path / "nowhere") == []
     for age, name in enumerate(["c.json", "a.json", "b.json"]):
         (tmp_path / name).write_text("{}")

@@ -47,6 +47,8 @@ _ADDRESS_SECONDS = 60.0
 # How long the tasks of a removed pool are being cancelled.
 CANCEL_SECONDS = 30.0
 
+_STOPPED = "it was stopped: the cluster is being shut down by another process"
+
 
 @dataclass
 class Assembly:
@@ -138,6 +140,9 @@ class Assembly:
         try:
             self._build(special, workers, crew, operation)
         except RayDogError as error:
+            if self.journal is not None and self.journal.ended_elsewhere():
+                # What has gone wrong comes of that.
+                raise ClusterStateError(_STOPPED) from error
             if operation.expired and not isinstance(error, BuildError):
                 raise BuildTimeoutError(f"{operation.elapsed:.1f} s were not enough: {error}") from error
             raise
@@ -267,17 +272,20 @@ class Assembly:
             return
         self.journal.note(change)
         if self.journal.state.status == "ending":
-            raise ClusterStateError("it was stopped: the cluster is being shut down by another process")
+            raise ClusterStateError(_STOPPED)
 
     def reserve_tasks(self, pool: BuiltPool, count: int) -> int:
         """Give names of tasks away, also to other processes that use the state file.
 
         :returns: how many had been given away before.
         :raises StateError: where that cannot be written down.
+        :raises ClusterStateError: where the pool has been removed meanwhile.
         """
 
         def reserve(state: ClusterState) -> ClusterState:
-            there = state.pool(pool.plan.name) or pool.state()
+            there = state.pool(pool.plan.name)
+            if there is None:
+                raise ClusterStateError(f"the worker pool {pool.plan.internal_name!r} was removed meanwhile")
             before.append(max(there.tasks_counted, pool.tasks_counted))
             pool.tasks_counted = before[-1] + count
             return state.with_pools(there.model_copy(update={"tasks_counted": pool.tasks_counted}))
@@ -292,9 +300,11 @@ class Assembly:
         return before[-1]
 
     def note_pools(self, *pools: BuiltPool) -> None:
-        """Complete the state file with what is known of pools."""
+        """Complete the state file with what is known of pools that have not been removed meanwhile."""
         states = [pool.state() for pool in pools]
-        self._note(lambda state: state.with_pools(*states))
+        self._note(
+            lambda state: state.with_pools(*(pool for pool in states if state.pool(pool.name) is not None))
+        )
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.journal is None else self.journal.changing_groups()

@@ -96,6 +96,8 @@ class ClusterCore:
         # Those that are being added, and those of which a failed addition has left something: they leave
         # when they are built, or verified as gone.
         self._unfinished: dict[str, BuiltPool] = {}
+        # Those of them, by their names on the platform, that other processes are adding or have left.
+        self._others_unfinished: set[str] = set()
         self._pools_counted = 0
         self._assembly: Assembly | None = None
         self._journal: Journal | None = None
@@ -113,7 +115,12 @@ class ClusterCore:
         """Where the cluster is in its life, for messages."""
         if self._failure is None or self._phase in (Phase.NEW, Phase.RUNNING):
             return self._phase.value
-        return f"{self._phase.value}, because {self._failure.splitlines()[0]}"
+        return f"{self._phase.value}, because {self._failure_line}"
+
+    @property
+    def _failure_line(self) -> str | None:
+        """Why the cluster has ended by itself, without the output of its tasks, which may hold anything."""
+        return None if self._failure is None else self._failure.splitlines()[0]
 
     def _running(self, otherwise: str) -> Assembly:
         """Return the running cluster.
@@ -145,12 +152,19 @@ class ClusterCore:
                     del self._pools[name]
                 else:
                     pool.take(present.pop(pool.plan.name))
+            # What others were adding may be complete by now, or gone.
+            for name, pool in list(self._unfinished.items()):
+                if pool.plan.name in self._others_unfinished:
+                    del self._unfinished[name]
+            self._others_unfinished.clear()
             mine = {pool.plan.name for pool in self._unfinished.values()}
             for there in present.values():
                 if there.role == "worker" and there.name not in mine:
                     built.made.sent.add(there.name)
                     complete = there.id is not None and there.group_id is not None
                     pools = self._pools if complete else self._unfinished
+                    if not complete:
+                        self._others_unfinished.add(there.name)
                     pools[there.internal_name] = BuiltPool.of(there)
 
     def _ray_token(self) -> str | None:

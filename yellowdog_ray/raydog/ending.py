@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from yellowdog_ray.errors import (
     ClusterStateError,
@@ -64,7 +65,7 @@ class ClusterEnding(ClusterMembers):
         if self._targets is None and built is not None:
             if self._journal is not None:
                 # Other processes add nothing more then; what they have named up to here is ended too.
-                self._journal.note(lambda state: state.but(status="ending", failure=self._failure))
+                self._journal.note(lambda state: state.but(status="ending", failure=self._failure_line))
             built.settle()
             self._synchronise()
             with self._lock:
@@ -74,8 +75,17 @@ class ClusterEnding(ClusterMembers):
             self._targets = built.targets(workers)
         if self._targets is not None and built is not None:
             self._emit(events.ShutdownStarted(self._spec.name, tuple(self._targets.items)))
+            before = replace(self._targets, pools=list(self._targets.pools))
             try:
-                tear_down(self._platform, self._targets)
+                known = tear_down(self._platform, self._targets)
+                if before.told and not known:
+                    self._targets = before
+                    raise TeardownError(
+                        f"{self._platform.host} knows nothing of the cluster any more, so that nothing was "
+                        "ended. May this application key still see its namespace? May still be running: "
+                        f"{before}",
+                        before.items,
+                    )
             finally:
                 self._note_ended(built, self._targets)
         with self._lock:

@@ -87,7 +87,7 @@ class ClusterRecord(ClusterView):
             worker_pools_counted=self._pools_counted,
             created=self._created,
             lifetime_ends=self._lifetime_ends,
-            failure=self._failure,
+            failure=self._failure_line,
             saved=datetime.now(timezone.utc),
             state_file=None if self._journal is None else str(self._journal.path),
             key_hint=key_hint(self._credentials),
@@ -133,6 +133,10 @@ class ClusterRecord(ClusterView):
 
         def keep_left(state: ClusterState) -> ClusterState:
             gone = [pool.name for pool in state.pools if pool.name not in left]
-            return state.without_pools(*gone).but(status="ending", failure=self._failure)
+            return state.without_pools(*gone).but(
+                status="ending",
+                failure=self._failure_line,
+                work_requirement_id=targets.work_requirement_id,
+            )
 
         journal.note(keep_left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from yellowdog_ray.errors import PlatformError, TeardownError
+from yellowdog_ray.errors import ClusterStateError, PlatformError, TeardownError
 from yellowdog_ray.raydog import plan
 from yellowdog_ray.raydog.assembly import Assembly
 from yellowdog_ray.raydog.pools import BuiltPool
@@ -52,7 +52,12 @@ def _unfinished(assembly: Assembly, pool: BuiltPool, operation: Operation) -> li
 def _grow(assembly: Assembly, pool: BuiltPool, count: int, more: int, operation: Operation) -> None:
     # The names are given away before they are used, so that no other process uses them too.
     first = assembly.reserve_tasks(pool, more) + 1
-    _resize(assembly, pool, count, operation)
+    if not _resize(assembly, pool, count, operation):
+        # Tasks of a pool that has ended, perhaps removed meanwhile, would wait for ever.
+        status = assembly.platform.pool(str(pool.id), operation).status
+        if status is not None and status.finished:
+            name = pool.plan.internal_name
+            raise ClusterStateError(f"the worker pool {name!r} cannot be scaled: it is {status}")
     for batch in plan.task_batches(pool.plan, assembly.variables(pool), first, more):
         assembly.platform.add_tasks(str(pool.group_id), batch, operation)
     _set_count(assembly, pool, count)
@@ -106,10 +111,12 @@ def _take_back(
         add_note(error, f"What had been added to {pool.plan.internal_name} could not be taken back: {left}")
 
 
-def _resize(assembly: Assembly, pool: BuiltPool, count: int, operation: Operation) -> None:
+def _resize(assembly: Assembly, pool: BuiltPool, count: int, operation: Operation) -> bool:
     """Tell the platform the pool's size. It refuses while nodes boot: then its own scaling has to do.
 
     That adds nodes for tasks that wait, and gives nodes back that have been idle for half an hour.
+
+    :returns: whether the platform has taken it.
     """
     try:
         assembly.platform.resize_pool(str(pool.id), count, operation)
@@ -117,6 +124,8 @@ def _resize(assembly: Assembly, pool: BuiltPool, count: int, operation: Operatio
         if error.status != 400:
             raise
         log.info("The worker pool %s is left to the platform's own scaling: %s", pool.plan.name, error)
+        return False
+    return True
 
 
 def _set_count(assembly: Assembly, pool: BuiltPool, count: int) -> None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -39,8 +38,8 @@ VERIFY_SECONDS = 180.0
 # How long something may still come into being that was asked for in vain: a gateway gives an answer up, and
 # the platform goes on; or the process that asked for it died.
 LATE_SECONDS = 5.0
-# Pause between two looks of which both have to say that a thing is unknown, before that is believed.
-_CONFIRM_SECONDS = 0.5
+# How long the platform has to say that a thing is unknown, before that is believed.
+_CONFIRM_SECONDS = 2.0
 # From so many pools on, all of them are looked at by two lists rather than one by one.
 _LIST_FROM = 3
 
@@ -90,9 +89,6 @@ class Targets:
             targets.work_requirement_name = state.cluster_name
         if state.pools or state.build_id is not None:
             targets.namespace, targets.prefix = state.cluster_namespace, state.cluster_name
-        if state.saved is not None:
-            age = (datetime.now(timezone.utc) - state.saved).total_seconds()
-            targets.late_seconds = min(LATE_SECONDS, max(0.0, LATE_SECONDS - age))
         return targets
 
     @property
@@ -100,6 +96,11 @@ class Targets:
         """What the work requirement is called in messages; None where there is none to end."""
         known = [part for part in (self.work_requirement_name, self.work_requirement_id) if part]
         return " ".join(["work requirement", *known]) if known else None
+
+    @property
+    def told(self) -> bool:
+        """Whether the platform has told the id of any of it, so that it must know it."""
+        return self.work_requirement_id is not None or any(pool.id is not None for pool in self.pools)
 
     @property
     def items(self) -> list[str]:
@@ -142,6 +143,7 @@ class _Item:
         self.teardown = teardown
         self.platform = teardown.platform
         self.failures: list[str] = []
+        self._failed: RayDogError | None = None
         #: Whether the platform knows it, or knew it.
         self.known = False
         #: Whether asking again is in vain.
@@ -175,6 +177,7 @@ class _Item:
             if not already_gone(error):
                 log.warning("%s", error)
                 self.failures.append(str(error))
+                self._failed = error
 
     def end(self, operation: Operation) -> None:
         """Ask the platform to end it."""
@@ -203,6 +206,9 @@ class _Item:
         now = time.monotonic()
         self._unknown_since = self._unknown_since or now
         if not self.identified:
+            if self.failures and self._failed is not None:
+                # It may be there: looking for it has failed.
+                raise self._failed
             return "it may still come into being" if self.teardown.may_come_late else None
         # What was known a moment ago may be forgotten for a moment.
         return None if now - self._unknown_since >= _CONFIRM_SECONDS else "it is unknown"

@@ -26,6 +26,7 @@ from yellowdog_ray.errors import (
 from yellowdog_ray.raydog.specs import Credentials
 
 if TYPE_CHECKING:
+    import requests
     from yellowdog_client import PlatformClient
 
 __all__ = ["Operation", "Pause", "Transport", "already_exists", "already_gone", "refused", "transient"]
@@ -233,7 +234,8 @@ def _outcome(state: tenacity.RetryCallState) -> BaseException | None:
 
 def _wait(state: tenacity.RetryCallState) -> float:
     told = _retry_after(_outcome(state))
-    if told is not None:
+    # Told to come again at once, all clients would.
+    if told:
         return told
     return tenacity.wait_random_exponential(multiplier=_FIRST_RETRY, max=_LONGEST_RETRY)(state)
 
@@ -259,7 +261,8 @@ def _status(error: BaseException) -> int | None:
         return error.status
     response = getattr(error, "response", None)
     if response is not None:
-        return int(response.status_code)
+        # A page is of something in between, that just then has no platform to pass the call to.
+        return 502 if response.status_code == 404 and _is_page(response) else int(response.status_code)
     # These hide the status of the answer that they were made from.
     for kind, status in (
         (InternalServerException, 500),
@@ -269,6 +272,10 @@ def _status(error: BaseException) -> int | None:
         if isinstance(error, kind):
             return status
     return None
+
+
+def _is_page(response: requests.Response) -> bool:
+    return "html" in response.headers.get("Content-Type", "") or response.content.lstrip().startswith(b"<")
 
 
 def transient(error: BaseException) -> bool:

@@ -43,6 +43,9 @@ class WorkerCount(int):
         self.source = source
         return self
 
+    def __getnewargs__(self) -> tuple[int, Source]:  # type: ignore[override]
+        return int(self), self.source
+
 
 @dataclass
 class _Tally:
