@@ -381,7 +381,6 @@ def test_a_pool_that_has_ended_gets_no_tasks(platform, cluster):
     assert saved_count(cluster) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="reserve_tasks() and note_pools() bring a removed pool back")
 @pytest.mark.parametrize("by", ["another thread", "another process"])
 def test_removed_while_it_is_scaled(platform, cluster, by):
     """A pool that is removed while it is being scaled is gone, and does not come back into the books."""

@@ -285,7 +285,7 @@ class Assembly:
         def reserve(state: ClusterState) -> ClusterState:
             there = state.pool(pool.plan.name)
             if there is None:
-                raise ClusterStateError(f"the worker pool {pool.plan.internal_name!r} was removed meanwhile")
+                raise ClusterStateError(f"the worker pool {pool.plan.internal_name!r} has been removed meanwhile")
             before.append(max(there.tasks_counted, pool.tasks_counted))
             pool.tasks_counted = before[-1] + count
             return state.with_pools(there.model_copy(update={"tasks_counted": pool.tasks_counted}))
