@@ -207,11 +207,7 @@ def test_an_attached_cluster_watches_too(platform, watching, state_directory):
         ("meanwhile", "the tasks"),
         ("meanwhile", "the nodes"),
         ("afterwards", "the tasks"),
-        pytest.param(
-            "afterwards",
-            "the nodes",
-            marks=pytest.mark.xfail(strict=True, reason="_why_ended() takes it for the head's own failure"),
-        ),
+        ("afterwards", "the nodes"),
     ],
 )
 def test_another_process_has_shut_it_down(platform, monkeypatch, looks, first):

@@ -361,25 +361,25 @@ def test_interrupted_while_others_wait(journal):
 def test_nobody_else_changes_groups(journal, tmp_path, monkeypatch):
     """Only one process at a time may change the task groups; where that cannot be had, it is said."""
     monkeypatch.setattr("yellowdog_ray.raydog.journal._GROUPS_LOCK_SECONDS", 0.1)
-    with journal.changing_groups():
+    with journal.alone("groups"):
         other = Journal.open(journal.path)
-        with pytest.raises(StateError, match="another process has been changing"), other.changing_groups():
+        with pytest.raises(StateError, match="another process has been changing"), other.alone("groups"):
             pytest.fail("two are in it")
         # Meanwhile the state itself can be changed.
         journal.update(counting)
     (tmp_path / "file").write_text("")
     nowhere = Journal(tmp_path / "file" / "demo.json", STATE)
-    with pytest.raises(StateError, match="cannot be written"), nowhere.changing_groups():
+    with pytest.raises(StateError, match="cannot be written"), nowhere.alone("groups"):
         pytest.fail("there can be no lock")
 
 
 def test_errors_within_the_groups_lock_stay_what_they_are(journal):
     """What the platform says while the groups are changed is not taken for an error of the file."""
-    with pytest.raises(PlatformError, match="no answer"), journal.changing_groups():
+    with pytest.raises(PlatformError, match="no answer"), journal.alone("groups"):
         raise PlatformError("no answer")
-    with pytest.raises(ConnectionError), journal.changing_groups():
+    with pytest.raises(ConnectionError), journal.alone("groups"):
         raise ConnectionError
-    with journal.changing_groups():
+    with journal.alone("groups"):
         pass
 
 
@@ -421,7 +421,7 @@ def test_remove_leaves_nothing(tmp_path, name):
     for neighbour in kept:
         (tmp_path / neighbour).write_text("")
     journal = Journal.create(tmp_path / name, STATE)
-    with journal.changing_groups():
+    with journal.alone("groups"):
         (tmp_path / f".{name}.abc.part").write_text("half")
     journal.remove()
     assert {entry.name for entry in tmp_path.iterdir()} == kept

@@ -122,6 +122,11 @@ class Assembly:
         self._crews.append(crew)
         return crew
 
+    def dismiss(self, crew: Crew) -> None:
+        """Forget an operation that has ended."""
+        with contextlib.suppress(ValueError):
+            self._crews.remove(crew)
+
     # -- building --------------------------------------------------------------------------------------
 
     def build(self, workers: Sequence[BuiltPool], crew: Crew) -> None:
@@ -204,7 +209,7 @@ class Assembly:
 
         def append_group() -> None:
             # Read, change, write: two at once would lose one of the groups.
-            with self._requirement_lock, self._alone():
+            with self._requirement_lock, self.alone("groups"):
                 group = plan.task_group(self.cluster, pool.plan, lifetime)
                 pool.group_id = self.platform.add_task_group(requirement_id, group, operation).id
             self._submitter(pool, operation)()
@@ -225,8 +230,7 @@ class Assembly:
         gone = take_back(self.platform, self.pool_targets(pool), error)
         cancel_tasks(self.platform, pool, CANCEL_SECONDS)
         if gone:
-            with contextlib.suppress(ValueError):
-                self._crews.remove(crew)
+            self.dismiss(crew)
         return gone
 
     def _provisioner(
@@ -285,7 +289,8 @@ class Assembly:
         def reserve(state: ClusterState) -> ClusterState:
             there = state.pool(pool.plan.name)
             if there is None:
-                raise ClusterStateError(f"the worker pool {pool.plan.internal_name!r} has been removed meanwhile")
+                name = pool.plan.internal_name
+                raise ClusterStateError(f"the worker pool {name!r} has been removed meanwhile")
             before.append(max(there.tasks_counted, pool.tasks_counted))
             pool.tasks_counted = before[-1] + count
             return state.with_pools(there.model_copy(update={"tasks_counted": pool.tasks_counted}))
@@ -306,8 +311,9 @@ class Assembly:
             lambda state: state.with_pools(*(pool for pool in states if state.pool(pool.name) is not None))
         )
 
-    def _alone(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.journal is None else self.journal.changing_groups()
+    def alone(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from changing the same of the cluster meanwhile."""
+        return contextlib.nullcontext() if self.journal is None else self.journal.alone(what)
 
     # -- waiting ---------------------------------------------------------------------------------------
 

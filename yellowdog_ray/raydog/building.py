@@ -158,7 +158,8 @@ class ClusterBuilding(ClusterEnding):
             state = journal.refresh()
             if state.status == "ending":
                 return state.failure or "another process has shut it down"
-            if not journal.path.exists() and ("ended ABORTED" in reason or "ended CANCELLED" in reason):
+            # Nobody removes the file of a living cluster, and a task that was ended has no exit code.
+            if not journal.path.exists() and "with exit code" not in reason:
                 return "another process has shut it down"
         return f"its head has ended: {reason}"
 

@@ -29,8 +29,8 @@ __all__ = ["Journal", "default_path", "find_states", "forget_all", "state_direct
 log = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 30.0
-# As long as one process may change the work requirement's task groups, during which others wait for it.
-_GROUPS_LOCK_SECONDS = 120.0
+# As long as one process may change something on the platform, while others wait for it.
+_ALONE_SECONDS = 120.0
 
 Change = Callable[[ClusterState], ClusterState]
 
@@ -144,7 +144,7 @@ class Journal:
 
     def ended_elsewhere(self) -> bool:
         """Tell whether another process ends the cluster, or has done so."""
-        return not self.path.exists() or self.refresh().status == "ending"
+        return self.refresh().status == "ending" or not self.path.exists()
 
     def update(self, change: Change) -> ClusterState:
         """Change the state, and return when the change is on the disk.
@@ -197,14 +197,15 @@ class Journal:
             log.warning("The state file %s of an ended cluster could not be removed: %s", self.path, error)
 
     @contextmanager
-    def changing_groups(self) -> Iterator[None]:
-        """Keep other processes from changing the work requirement's task groups meanwhile.
+    def alone(self, what: str) -> Iterator[None]:
+        """Keep other processes from changing the same on the platform meanwhile.
 
+        :param what: a name for what is changed.
         :raises StateError: where another process does not come to an end of it, or no file can be made.
         """
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._file_lock("groups", _GROUPS_LOCK_SECONDS))
+                stack.enter_context(self._file_lock(what, _ALONE_SECONDS))
             except OSError as error:
                 raise self._cannot_be_written(error) from error
             yield

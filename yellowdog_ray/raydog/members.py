@@ -97,6 +97,7 @@ class ClusterMembers(ClusterInsight):
                     )
                 self._pools[name] = pool
                 del self._unfinished[name]
+            cluster.dismiss(crew)
             self._emit(events.PoolAdded(self._spec.name, pool.plan.name, name, pool.node_count))
             return pool.id
         except BaseException as error:
@@ -230,9 +231,12 @@ class ClusterMembers(ClusterInsight):
                 )
             cluster = self._running("no worker pool can be scaled")
             crew = cluster.crew(Operation())
-        with pool.scaling:
-            before = pool.node_count
-            scaling.scale(cluster, pool, count, crew.operation)
+        try:
+            with pool.scaling, cluster.alone(pool.plan.name):
+                before = pool.node_count
+                scaling.scale(cluster, pool, count, crew.operation)
+        finally:
+            cluster.dismiss(crew)
         self._emit(events.PoolScaled(self._spec.name, pool.plan.name, internal_name, before, count))
 
     def get_worker_pool_internal_name_by_id(self, worker_pool_id: str) -> str | None:

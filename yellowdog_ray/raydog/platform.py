@@ -369,8 +369,11 @@ class Platform:
                     first_seen = first_seen or time.monotonic()
                     if doubtful and time.monotonic() - first_seen < NOT_YET_SECONDS:
                         raise PlatformUnreachableError(f"{named.name} exists, but cannot be found") from error
-                if found is not None or already_exists(error):
+                status = getattr(found, "status", None)
+                over = status is not None and status.finished
+                if already_exists(error) or (found is not None and not over):
                     raise _name_taken(named, found, error) from error
+                # What has ended need not be in the way: whether it is, the next try tells.
                 raise
 
         return self.call(what, attempt, operation)
