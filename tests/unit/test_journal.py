@@ -360,7 +360,7 @@ def test_interrupted_while_others_wait(journal):
 
 def test_nobody_else_changes_groups(journal, tmp_path, monkeypatch):
     """Only one process at a time may change the task groups; where that cannot be had, it is said."""
-    monkeypatch.setattr("yellowdog_ray.raydog.journal._GROUPS_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("yellowdog_ray.raydog.journal._ALONE_SECONDS", 0.1)
     with journal.alone("groups"):
         other = Journal.open(journal.path)
         with pytest.raises(StateError, match="another process has been changing"), other.alone("groups"):
