@@ -58,6 +58,8 @@ class World:
     ) -> None:
         self.platform, self.name, self.client = platform, name, client
         self.private_ip, self.public_ip = cluster.build(timedelta(minutes=2))
+        # Nobody is to notice the end of the head but its workers.
+        cluster.detach()
 
     def access(self, **changes: Any) -> SSHAccess:
         arguments = {

@@ -178,7 +178,7 @@ def test_health_of_nothing() -> None:
     said = Reach(["127.0.0.3", "127.0.0.2"], None).health()
     assert said
     assert "No connection to 127.0.0.3:52365: Connection refused. No connection to 127.0.0.2:52365" in said
-    assert "localhost only: give ssh=SSHAccess(...)" in said
+    assert "localhost only: give access=SSHAccess(...)" in said
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -245,7 +245,7 @@ def test_an_answer_that_does_not_end(head: Head, monkeypatch: pytest.MonkeyPatch
 
 def test_task_output_needs_ssh() -> None:
     """A task's output is not to be had without SSH, and not with something that is no id."""
-    with pytest.raises(SpecError, match="give ssh=SSHAccess"):
+    with pytest.raises(SpecError, match="give access=SSHAccess"):
         Reach(["127.0.0.1"], None).task_output("127.0.0.1", TASK)
     reach = Reach(["127.0.0.1"], SSHAccess("ray"))
     for wrong in ("", "ydid:task:$(id)", "ydid:task:../x", f"{TASK}\n", "ydid:workreq:1", None):

@@ -20,11 +20,13 @@ from yellowdog_ray.raydog.scripts import get_script, script_names
 
 MIRROR = Path(__file__).parents[2] / "examples" / "builder" / "scripts"
 
+# As the real one does, `ray stop` gives the others time to end.
 RAY = """#!/bin/bash
+[ "$1" != start ] || trap 'echo "ray start got TERM" >>"$CALLS"; exit 1' TERM
 echo "ray $*" >>"$CALLS"
 case "$1" in
-    start) trap 'echo "ray start got TERM" >>"$CALLS"; exit 1' TERM
-           [ -z "${RAY_EXITS:-}" ] || exit "$RAY_EXITS"
+    stop)  sleep 0.3 ;;
+    start) [ -z "${RAY_EXITS:-}" ] || exit "$RAY_EXITS"
            while true; do read -rt 0.05 <> <(:) || :; done ;;
 esac
 """
@@ -281,7 +283,7 @@ def test_worker_outlasts_a_short_silence(agent):
     """A head that is silent for less than its time, and twice, is not gone."""
     address = "127.0.0.16"
     with listening(address):
-        process = agent.start("worker", RAY_HEAD_IP=address, RAYDOG_HEAD_GONE_SECONDS="3")
+        process = agent.start("worker", RAY_HEAD_IP=address, RAYDOG_HEAD_GONE_SECONDS="6")
         agent.wait_for_call("ray start")
     for _ in range(2):
         time.sleep(1.4)
@@ -298,8 +300,10 @@ def test_worker_leaves_when_its_raylet_has_ended(agent, head):
     agent.install("raylet", "#!/bin/bash\nwhile true; do read -rt 0.05 <> <(:) || :; done\n")
     agent.install("ray", RAY.replace("start)", 'start) raylet & echo "raylet $!." >>"$CALLS"; '))
     process = agent.start("worker", RAY_HEAD_IP=head, RAYDOG_HEAD_GONE_SECONDS="2")
-    agent.wait_for_call(".")
-    (raylet,) = re.findall(r"raylet (\d+)", agent.calls.read_text())
+    agent.wait_for_call("raylet ")
+    while not (raylets := re.findall(r"raylet (\d+)\.", agent.calls.read_text())):
+        time.sleep(0.01)
+    (raylet,) = raylets
     time.sleep(2.5)
     assert process.poll() is None
     os.kill(int(raylet), signal.SIGTERM)

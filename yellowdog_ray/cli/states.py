@@ -52,7 +52,6 @@ _PHASES = {
     "running": "running",
     "ending": "being shut down",
 }
-_LOG_BYTES_KEPT = 10_000_000
 
 
 def run(options: argparse.Namespace, output: Output, interrupts: Interrupts) -> int:
@@ -269,7 +268,7 @@ def _collect(
     platform = Platform(key.credentials(state))
     pools = [BuiltPool.of(known) for known in state.pools if pool in (None, known.internal_name)]
     try:
-        return dict(logs.collect(platform, reach, pools, size))
+        return {found.task: found for found in logs.collect(platform, reach, pools, size)}
     finally:
         platform.close()
         if reach is not None:
@@ -292,6 +291,7 @@ def _shut_down(options: argparse.Namespace, output: Output, interrupts: Interrup
 
 def _end(key: Key, access: SSHAccess | None, keep: Path | None, file: StateFile) -> Answer:
     from yellowdog_ray.raydog.builder import RayDogClusterProxy
+    from yellowdog_ray.raydog.journal import Journal, state_directory
 
     assert file.state is not None  # noqa: S101 - for the type checker
     state = file.state
@@ -302,6 +302,9 @@ def _end(key: Key, access: SSHAccess | None, keep: Path | None, file: StateFile)
         # Not from the file: another one of the same cluster may have been worked on before, and removed it.
         proxy.load_saved_state_from_json(state.to_json())
         proxy.shut_down()
+        if file.path.absolute().parent == state_directory().absolute():
+            # One that was moved here is not where its cluster would look for it.
+            Journal(file.path.absolute(), state).remove()
     except Exception as error:
         expected = isinstance(error, RayDogError | OSError)
         log.log(logging.INFO if expected else logging.WARNING, "Shutting down failed", exc_info=not expected)
@@ -337,6 +340,8 @@ def _keep_logs(key: Key, access: SSHAccess | None, keep: Path, file: StateFile) 
 
     try:
         state = _newest_with_names(file)
-        logs.keep(keep / str(state.cluster_name), _collect(key, access, state, None, _LOG_BYTES_KEPT))
+        logs.keep(
+            keep / str(state.cluster_name), _collect(key, access, state, None, logs.KEPT_BYTES).values()
+        )
     except Exception as error:
         log.warning("%s: the output of the nodes could not be kept: %s", file.path, error)

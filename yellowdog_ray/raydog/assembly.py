@@ -218,6 +218,8 @@ class Assembly:
         crew.start(append_group)
         crew.finish(f"the worker pool {pool.plan.name} has not been added")
         self.note_pools(pool)
+        if self.journal is not None and self.journal.state.pool(pool.plan.name) is None:
+            raise _removed_meanwhile(pool)
 
     def discard(self, pool: BuiltPool, crew: Crew, error: BaseException) -> bool:
         """Take a worker pool back that could not be added, or came too late.
@@ -289,8 +291,7 @@ class Assembly:
         def reserve(state: ClusterState) -> ClusterState:
             there = state.pool(pool.plan.name)
             if there is None:
-                name = pool.plan.internal_name
-                raise ClusterStateError(f"the worker pool {name!r} has been removed meanwhile")
+                raise _removed_meanwhile(pool)
             before.append(max(there.tasks_counted, pool.tasks_counted))
             pool.tasks_counted = before[-1] + count
             return state.with_pools(there.model_copy(update={"tasks_counted": pool.tasks_counted}))
@@ -307,9 +308,18 @@ class Assembly:
     def note_pools(self, *pools: BuiltPool) -> None:
         """Complete the state file with what is known of pools that have not been removed meanwhile."""
         states = [pool.state() for pool in pools]
-        self._note(
-            lambda state: state.with_pools(*(pool for pool in states if state.pool(pool.name) is not None))
-        )
+
+        def complete(state: ClusterState) -> ClusterState:
+            known = []
+            for mine in states:
+                there = state.pool(mine.name)
+                if there is not None:
+                    # Names that another process has given away are not to be used again.
+                    counted = max(mine.tasks_counted, there.tasks_counted)
+                    known.append(mine.model_copy(update={"tasks_counted": counted}))
+            return state.with_pools(*known)
+
+        self._note(complete)
 
     def alone(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from changing the same of the cluster meanwhile."""
@@ -416,6 +426,10 @@ class Assembly:
         reason = self.platform.why_no_nodes(str(pool.id), pool.plan.name, operation)
         if reason is not None:
             raise BuildError(f"the {pool.plan.role} {what}: {reason}")
+
+
+def _removed_meanwhile(pool: BuiltPool) -> ClusterStateError:
+    return ClusterStateError(f"the worker pool {pool.plan.internal_name!r} has been removed meanwhile")
 
 
 class _Checks:

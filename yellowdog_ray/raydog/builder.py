@@ -178,7 +178,8 @@ class RayDogCluster(ClusterBuilding):
 
         What this process does to the cluster is kept in its state file, where that is on this machine, and
         else in one of its own. What on the platform differs from the state is logged as a warning, and said
-        by :meth:`status`. The cluster goes on when the object is left behind.
+        by :meth:`status`. The cluster goes on when the object is left behind (:meth:`detach`), but a ``with``
+        block shuts it down at its end, as always.
 
         :param state: the cluster's state file, or a file or :class:`.ClusterState` that was saved.
         :param yd_platform_api_url: None for the one in the state.
@@ -261,6 +262,21 @@ class RayDogCluster(ClusterBuilding):
                 raise
             # What went wrong first is what the caller has to see.
             add_note(error, str(left))
+
+    def detach(self) -> None:
+        """Let the cluster be: close the connections to it, and look at its head no more.
+
+        It goes on running. Any other call takes the connections up again, but for the watch over the head.
+        """
+        if self._watch is not None:
+            self._watch.stop()
+        with self._lock:
+            reach, self._reach = self._reach, None
+            self._attached = True
+        if reach is not None:
+            reach.close()
+        self._platform.close()
+        self._close_display()
 
     def __del__(self) -> None:
         phase = getattr(self, "_phase", Phase.NEW)

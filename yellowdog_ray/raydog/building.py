@@ -108,18 +108,23 @@ class ClusterBuilding(ClusterEnding):
                     built.check_running()
                     self._note_running(built, workers)
                     self._phase = Phase.RUNNING
+                self._begin_watch()
+                try:
+                    self.use_ray_auth()
+                except Exception as error:
+                    # The cluster is there, and its user has to get to know it.
+                    log.warning("This process could not be given the cluster's Ray token: %s", error)
+                private_ip, public_ip = str(built.head.private_ip), built.head.public_ip
+                self._emit(events.BuildFinished(self._spec.name, operation.elapsed, private_ip, public_ip))
+                return private_ip, public_ip
             except BaseException as error:
+                if self._watch is not None:
+                    self._watch.stop()
                 self._take_back(built, error)
+                self._forget_token()
                 raise
-        self._begin_watch()
-        try:
-            self.use_ray_auth()
-        except Exception as error:
-            # The cluster is there, and its user has to get to know it.
-            log.warning("This process could not be given the cluster's Ray token: %s", error)
-        private_ip, public_ip = str(built.head.private_ip), built.head.public_ip
-        self._emit(events.BuildFinished(self._spec.name, operation.elapsed, private_ip, public_ip))
-        return private_ip, public_ip
+            finally:
+                self._close_display()
 
     def _wait_for_ray(self, built: Assembly, operation: Operation) -> None:
         def say(seconds: float) -> None:
@@ -134,7 +139,14 @@ class ClusterBuilding(ClusterEnding):
 
     def _begin_watch(self) -> None:
         if self._assembly is not None:
-            self._watch = HeadWatch(self, self._platform, self._assembly.head, ClusterBuilding._head_ended)
+            built = self._assembly
+            self._watch = HeadWatch(
+                self,
+                self._platform,
+                str(built.work_requirement_id),
+                built.head,
+                ClusterBuilding._head_ended,
+            )
             self._watch.start()
 
     def _head_ended(self, reason: str) -> None:

@@ -85,7 +85,7 @@ class ClusterCore:
         self._emit = events.Emitter(*(listener for listener in listeners if listener is not None))
         self._platform = Platform(credentials, partial(_say_retry, self._emit, spec.name))
         self._lock = threading.RLock()
-        # Reentrant, for a signal handler may call shut_down() while it is under way.
+        # Reentrant, for an event's listener may call shut_down() while it is under way.
         self._ending = threading.RLock()
         # Held while a thread really builds: an interrupt can end build() at any line, and then the phase
         # alone would say so for ever.
@@ -98,6 +98,7 @@ class ClusterCore:
         self._unfinished: dict[str, BuiltPool] = {}
         # Those of them, by their names on the platform, that other processes are adding or have left.
         self._others_unfinished: set[str] = set()
+        self._dropped: list[BuiltPool] = []
         self._pools_counted = 0
         self._assembly: Assembly | None = None
         self._journal: Journal | None = None
@@ -149,7 +150,8 @@ class ClusterCore:
             present = {pool.name: pool for pool in state.pools}
             for name, pool in list(self._pools.items()):
                 if pool.plan.name not in present:
-                    del self._pools[name]
+                    # Another process has removed it. At the end it is looked at once more.
+                    self._dropped.append(self._pools.pop(name))
                 else:
                     pool.take(present.pop(pool.plan.name))
             # What others were adding may be complete by now, or gone.

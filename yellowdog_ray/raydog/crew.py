@@ -66,7 +66,7 @@ class Crew:
         self.operation.cancel()
         for future in self._futures:
             future.cancel()
-        # No call that is under way takes longer.
+        # A call takes no longer, nor does the wait for another process that changes the same.
         wait(self._futures, timeout=CONNECT_TIMEOUT + READ_TIMEOUT + 5.0)
 
     def _check_stopped(self) -> None:

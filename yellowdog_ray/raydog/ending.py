@@ -10,10 +10,11 @@ from yellowdog_ray.errors import (
     TeardownError,
 )
 from yellowdog_ray.raydog import events
+from yellowdog_ray.raydog.assembly import Assembly
 from yellowdog_ray.raydog.core import Phase
 from yellowdog_ray.raydog.members import ClusterMembers
 from yellowdog_ray.raydog.teardown import tear_down
-from yellowdog_ray.raydog.transport import Operation
+from yellowdog_ray.raydog.transport import Operation, nobody_listens
 
 __all__ = ["ClusterEnding"]
 
@@ -28,6 +29,10 @@ class ClusterEnding(ClusterMembers):
 
         What is already gone is no error, and a second call does nothing. Where something could not be
         ended, everything else is ended nevertheless, and another call goes on with what is left.
+
+        A signal handler should not call it, for the call that it interrupts may hold what this one needs. Let
+        it raise (``signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))``), and a ``with`` block end the
+        cluster.
 
         :raises TeardownError: where something may still be running; its ``still_running`` lists it.
         :raises ClusterStateError: while another thread builds the cluster.
@@ -56,12 +61,16 @@ class ClusterEnding(ClusterMembers):
             raise
         finally:
             self._forget_token()
+            self._close_display()
 
     def _end(self) -> None:
         operation = Operation()
         built = self._assembly
         if self._watch is not None:
             self._watch.stop()
+        if built is not None and nobody_listens(self._credentials.api_url):
+            self._end_with_local_platform(built)
+            return
         if self._targets is None and built is not None:
             if self._journal is not None:
                 # Other processes add nothing more then; what they have named up to here is ended too.
@@ -70,9 +79,8 @@ class ClusterEnding(ClusterMembers):
             self._synchronise()
             with self._lock:
                 workers = [*self._pools.values(), *self._unfinished.values()]
-            if self._keep_logs is not None:
-                self._keep([pool for pool in (built.head, built.observability, *workers) if pool is not None])
-            self._targets = built.targets(workers)
+            self._keep([pool for pool in (built.head, built.observability, *workers) if pool is not None])
+            self._targets = built.targets([*workers, *self._dropped])
         if self._targets is not None and built is not None:
             self._emit(events.ShutdownStarted(self._spec.name, tuple(self._targets.items)))
             before = replace(self._targets, pools=list(self._targets.pools))
@@ -97,3 +105,19 @@ class ClusterEnding(ClusterMembers):
             reach.close()
         self._platform.close()
         self._emit(events.ShutdownFinished(self._spec.name, operation.elapsed))
+
+    def _end_with_local_platform(self, built: Assembly) -> None:
+        """Take a cluster for ended whose local platform has ended; or raise where that did not say so."""
+        if self._journal is not None and self._journal.path.exists():
+            every = (built.head, built.observability, *self._pools.values(), *self._unfinished.values())
+            left = [pool.plan.name for pool in every if pool is not None]
+            raise TeardownError(
+                f"nobody listens at {self._credentials.api_url}. A local platform that has ended has ended "
+                f"its nodes too: then remove {self._journal.path}. "
+                f"Else may still be running: {', '.join(left)}",
+                left,
+            )
+        log.warning("The cluster %s has ended with its local platform", self._spec.name)
+        with self._lock:
+            self._phase = Phase.ENDED
+        self._platform.close()

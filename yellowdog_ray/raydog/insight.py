@@ -34,9 +34,6 @@ __all__ = ["ClusterInsight"]
 
 log = logging.getLogger(__name__)
 
-# How much of the end of a task's output is kept.
-_KEPT_BYTES = 10_000_000
-
 
 class ClusterInsight(ClusterRecord):
     """The part of a cluster that looks at it."""
@@ -144,11 +141,12 @@ class ClusterInsight(ClusterRecord):
                 raise ClusterStateError(f"there is no output: the cluster is {self._life}")
             every = (built.head, built.observability, *self._pools.values(), *self._unfinished.values())
             pools = {pool.plan.internal_name: pool for pool in every if pool is not None}
-        found = {} if self._keep_logs is None else logs.kept(self._keep_logs / self._spec.name)
+        found = {} if self._keep_logs is None else logs.kept(self._keep_logs / self._spec.name, self._created)
         if self._phase is not Phase.ENDED:
             wanted = [pool for name, pool in pools.items() if internal_name in (None, name)]
-            fresh = logs.collect(self._platform, self._way(), wanted, max_bytes)
-            found.update({task: text for task, text in fresh.items() if text.text or task not in found})
+            for fresh in logs.collect(self._platform, self._way(), wanted, max_bytes):
+                if fresh.text is not None or fresh.task not in found:
+                    found[fresh.task] = fresh
         if internal_name is not None:
             found = {task: text for task, text in found.items() if text.pool == internal_name}
             if not found and internal_name not in pools:
@@ -163,12 +161,10 @@ class ClusterInsight(ClusterRecord):
         if self._keep_logs is None:
             return
         try:
-            logs.keep(
-                self._keep_logs / self._spec.name,
-                logs.collect(self._platform, self._way(), pools, 10_000_000),
-            )
-        except RayDogError as error:
-            log.warning("The output of the nodes could not be kept: %s", error)
+            found = logs.collect(self._platform, self._way(), pools, logs.KEPT_BYTES)
+            logs.keep(self._keep_logs / self._spec.name, found)
+        except Exception as error:
+            log.warning("The output of the nodes could not be kept: %s: %s", type(error).__name__, error)
 
     def tunnels(self, ray_tunnel_specs: Sequence[SSHTunnelSpec] | None = None) -> RayTunnels:
         """Make tunnels to the head, with what the cluster knows; they are not open yet.

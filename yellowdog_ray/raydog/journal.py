@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 30.0
 # As long as one process may change something on the platform, while others wait for it.
-_ALONE_SECONDS = 120.0
+_ALONE_SECONDS = 30.0
 
 Change = Callable[[ClusterState], ClusterState]
 
@@ -67,6 +67,7 @@ class _Entry:
     change: Change
     keep: bool
     error: RayDogError | None = None
+    written: bool = False
 
 
 def forget_all(api_url: str) -> None:
@@ -171,17 +172,19 @@ class Journal:
         with self._pending_lock:
             self._pending.append(entry)
         with self._write_lock:
-            with self._pending_lock:
-                entries, self._pending = self._pending, []
-            # None are left where another thread has just written ours too.
-            if entries:
-                try:
+            entries: list[_Entry] = []
+            try:
+                with self._pending_lock:
+                    entries, self._pending = self._pending, []
+                # None are left where another thread has just written ours too.
+                if entries:
                     self._apply(entries)
-                except BaseException:
-                    # An interrupt ends this change only, and not those of other threads.
-                    with self._pending_lock:
-                        self._pending = [one for one in entries if one is not entry] + self._pending
-                    raise
+            except BaseException:
+                # An interrupt ends this change only, and not those of other threads.
+                with self._pending_lock:
+                    left = [one for one in entries if one is not entry and not one.written]
+                    self._pending = left + self._pending
+                raise
             if entry.error is not None:
                 raise entry.error
             return self._state
@@ -192,7 +195,9 @@ class Journal:
             with self._write_lock, self._file_lock():
                 self.path.unlink(missing_ok=True)
                 for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*"):
-                    left.unlink(missing_ok=True)
+                    # Where files in use cannot be removed, the lock stays behind.
+                    with contextlib.suppress(OSError):
+                        left.unlink(missing_ok=True)
         except (OSError, StateError) as error:
             log.warning("The state file %s of an ended cluster could not be removed: %s", self.path, error)
 
@@ -233,6 +238,8 @@ class Journal:
                 if needed:
                     self._write(state)
                 self._state = state
+                for entry in entries:
+                    entry.written = True
         except (OSError, StateError) as error:
             reason = error if isinstance(error, StateError) else self._cannot_be_written(error)
             for entry in entries:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, unquote
@@ -20,12 +22,16 @@ from yellowdog_ray.raydog.transport import Operation
 if TYPE_CHECKING:
     from yellowdog_client.model import Task
 
-__all__ = ["NodeLog", "collect", "keep", "kept", "tail"]
+__all__ = ["KEPT_BYTES", "NodeLog", "collect", "keep", "kept", "tail"]
 
 log = logging.getLogger(__name__)
 
 # How long all of the logs of a pool may take.
 _SECONDS = 60.0
+_AT_ONCE = 15
+# How much of the end of a task's output is kept.
+KEPT_BYTES = 10_000_000
+_TOO_LATE = f"it did not come within {_SECONDS:.0f} s"
 _NO_ACCESS = "it can be read over SSH while the node lives, which needs to be told how to log in"
 _ENDED = (
     "its task has ended, and the agent deletes a task's output then; no copy was kept "
@@ -58,34 +64,39 @@ class NodeLog:
 
 def collect(
     platform: Platform, reach: Reach | None, pools: Iterable[BuiltPool], max_bytes: int
-) -> dict[str, NodeLog]:
-    """Fetch the output of every task of some pools, by the tasks' names.
+) -> Iterator[NodeLog]:
+    """Fetch the output of every task of some pools, a few of them at a time.
 
     :param max_bytes: how much of the end of each.
     :raises RayDogError: where the platform cannot be asked for the tasks.
     """
-    operation = Operation(_SECONDS)
-    fetching = []
     for pool in pools:
         if pool.group_id is None or pool.id is None:
             continue
+        operation = Operation(_SECONDS)
         addresses = {
             node.id: node.details.privateIpAddress
             for node in platform.nodes(pool.id, operation)
             if node.id and node.details is not None
         }
-        for task in platform.tasks(pool.group_id, operation):
-            address = addresses.get(task.nodeId or "")
-            fetching.append((pool, task, platform.submit(_Fetch(reach, pool, task, address, max_bytes))))
-    logs = {}
-    for pool, task, future in fetching:
-        try:
-            found = future.result(operation.remaining)
-        except FutureTimeoutError:
-            future.cancel()
-            found = _missing(pool, task, f"it did not come within {_SECONDS:.0f} s")
-        logs[found.task] = found
-    return logs
+        tasks = iter(platform.tasks(pool.group_id, operation))
+        # No more are under way than are held in memory.
+        while few := list(islice(tasks, _AT_ONCE)):
+            fetching = [
+                (
+                    task,
+                    platform.submit(
+                        _Fetch(reach, pool, task, addresses.get(task.nodeId or ""), max_bytes, operation)
+                    ),
+                )
+                for task in few
+            ]
+            for task, future in fetching:
+                try:
+                    yield future.result(None if future.running() else operation.remaining)
+                except FutureTimeoutError:
+                    future.cancel()
+                    yield _missing(pool, task, _TOO_LATE)
 
 
 @dataclass
@@ -97,9 +108,12 @@ class _Fetch:
     task: Task
     address: str | None
     max_bytes: int
+    operation: Operation
 
     def __call__(self) -> NodeLog:
         pool, task = self.pool, self.task
+        if self.operation.expired:
+            return _missing(pool, task, _TOO_LATE)
         if task.status is not None and task.status.finished:
             text = tail(task)
             if text is None:
@@ -126,12 +140,12 @@ def _missing(pool: BuiltPool, task: Task, note: str) -> NodeLog:
     return NodeLog(str(task.name), pool.plan.internal_name, None, None, note)
 
 
-def keep(directory: Path, logs: dict[str, NodeLog]) -> None:
+def keep(directory: Path, logs: Iterable[NodeLog]) -> None:
     """Write what has been fetched into files, one for each task, in a directory for each pool.
 
     What cannot be had or written is only logged.
     """
-    for found in logs.values():
+    for found in logs:
         if found.text is None:
             log.warning("The output of %s was not kept: %s", found.task, found.note)
             continue
@@ -143,11 +157,15 @@ def keep(directory: Path, logs: dict[str, NodeLog]) -> None:
             log.warning("The output of %s could not be kept in %s: %s", found.task, directory, error)
 
 
-def kept(directory: Path) -> dict[str, NodeLog]:
-    """Read what was kept, by the tasks' names."""
+def kept(directory: Path, since: datetime | None) -> dict[str, NodeLog]:
+    """Read what was kept, by the tasks' names.
+
+    :param since: when the cluster was built: what is older is an earlier one's of the same name.
+    """
     return {
         path.stem: NodeLog(
             path.stem, unquote(path.parent.name), path.read_text("utf-8", errors="replace"), "kept"
         )
         for path in sorted(directory.glob("*/*.log"))
+        if since is None or path.stat().st_mtime >= since.timestamp()
     }

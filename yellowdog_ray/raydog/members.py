@@ -9,6 +9,7 @@ from functools import partial
 
 from yellowdog_ray.errors import (
     ClusterStateError,
+    NotFoundError,
     SpecError,
 )
 from yellowdog_ray.raydog import assembly, events, plan, scaling
@@ -72,6 +73,7 @@ class ClusterMembers(ClusterInsight):
             internal_name=worker_pool_internal_name,
         )
         self._synchronise()
+        self._check_not_ended_elsewhere()
         with self._lock:
             if self._phase not in (Phase.NEW, Phase.RUNNING):
                 raise ClusterStateError(f"no worker pool can be added: the cluster is {self._life}")
@@ -95,6 +97,8 @@ class ClusterMembers(ClusterInsight):
                     raise ClusterStateError(
                         f"the worker pool {name!r} is taken back: the cluster is {self._life}"
                     )
+                if self._unfinished.get(name) is not pool:
+                    raise ClusterStateError(f"the worker pool {name!r} has been removed meanwhile")
                 self._pools[name] = pool
                 del self._unfinished[name]
             cluster.dismiss(crew)
@@ -108,10 +112,23 @@ class ClusterMembers(ClusterInsight):
             if cluster.discard(pool, crew, error):
                 with self._lock:
                     self._note_gone(pool)
-                    self._unfinished.pop(name, None)
+                    if self._unfinished.get(name) is pool:
+                        del self._unfinished[name]
             raise
         finally:
             self._close_display()
+
+    def _check_not_ended_elsewhere(self) -> None:
+        """Raise where the state file of the running cluster is gone because another process has ended it."""
+        journal, built = self._journal, self._assembly
+        if self._phase is not Phase.RUNNING or journal is None or built is None or journal.path.exists():
+            return
+        try:
+            status = self._platform.work_requirement(str(built.work_requirement_id), Operation(30.0)).status
+        except NotFoundError:
+            status = None
+        if status is None or status.finished:
+            raise ClusterStateError("no worker pool can be added: another process has shut the cluster down")
 
     def _reserve(self, make_plan: Callable[..., plan.PoolPlan], journal: Journal | None) -> BuiltPool:
         """Give a worker pool its number and names, and write them down where the cluster is running.
@@ -189,8 +206,7 @@ class ClusterMembers(ClusterInsight):
                 del self._pools[name]
                 return
             cluster = self._running("no worker pool can be removed")
-        if self._keep_logs is not None:
-            self._keep([pool])
+        self._keep([pool])
         # The nodes first: they are what costs. A task of a node that is gone would wait for another one.
         tear_down(self._platform, cluster.pool_targets(pool), until="terminating")
         with self._lock:

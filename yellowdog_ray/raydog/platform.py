@@ -7,6 +7,7 @@ that name, and what stands there is adopted where it is what this build asked fo
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -103,6 +104,7 @@ class Platform:
         self._transport = Transport(credentials, on_retry)
         self._threads: ThreadPoolExecutor | None = None
         self._threads_lock = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def client(self) -> PlatformClient:
@@ -121,9 +123,22 @@ class Platform:
     def submit(self, function: Callable[[], _T]) -> Future[_T]:
         """Run a function in one of the platform's threads."""
         with self._threads_lock:
-            if self._threads is None:
+            if self._threads is None or self._process != os.getpid():
+                # A process that was forked has none of its parent's threads.
+                self._process = os.getpid()
                 self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="raydog")
-            return self._threads.submit(function)
+            threads = self._threads
+        try:
+            return threads.submit(function)
+        except RuntimeError:
+            # The interpreter is ending and starts no more threads; what is to be ended is ended in this one.
+            log.debug("No thread could be started", exc_info=True)
+        future: Future[_T] = Future()
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+        return future
 
     def close(self) -> None:
         """Close the connections and end the threads. Both come back when they are next needed."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from yellowdog_ray.errors import ClusterStateError, StateError, TeardownError
 from yellowdog_ray.raydog import events
@@ -22,7 +20,7 @@ from yellowdog_ray.raydog.specs import (
 )
 from yellowdog_ray.raydog.state import ClusterState
 from yellowdog_ray.raydog.teardown import Targets, tear_down
-from yellowdog_ray.raydog.transport import Operation
+from yellowdog_ray.raydog.transport import Operation, nobody_listens
 
 __all__ = ["RayDogClusterProxy"]
 
@@ -159,22 +157,12 @@ class RayDogClusterProxy:
 
 
 def _check_local(api_url: str, state: ClusterState) -> None:
-    """Raise at once where the state is that of a local platform, and nobody listens there any more.
-
-    Elsewhere an API that cannot be reached is tried again for minutes, for it will come back.
-    """
-    parts = urlsplit(api_url)
-    if parts.scheme != "http" or parts.hostname is None:
-        return
-    try:
-        socket.create_connection((parts.hostname, parts.port or 80), 5.0).close()
-    except ConnectionRefusedError:
+    """Raise at once where the state is that of a local platform that has ended."""
+    if nobody_listens(api_url):
         raise StateError(
             f"nobody listens at {api_url}, where the cluster {state.title} was built. A local platform that "
             "has ended has ended its nodes too: then remove the state file"
-        ) from None
-    except OSError:
-        return  # said better by the calls that follow
+        )
 
 
 def _journal(state: ClusterState) -> Journal | None:

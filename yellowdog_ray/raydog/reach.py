@@ -172,7 +172,7 @@ class Reach:
         :raises ClusterStateError: where there is no such output, or this was closed.
         """
         if self._access is None:
-            raise SpecError("A task's output is read over SSH: give ssh=SSHAccess(...)")
+            raise SpecError("A task's output is read over SSH: give access=SSHAccess(...)")
         if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id):
             raise SpecError(f"{task_id!r} is not the YDID of a task (ydid:task:...)")
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
@@ -266,7 +266,7 @@ class Reach:
         raise TunnelError(
             f"{_sentences(problems)} Without SSH, this machine has to reach Ray's ports on the head, and the "
             "default head script lets the dashboard listen on the head's localhost only: give "
-            "ssh=SSHAccess(...)"
+            "access=SSHAccess(...)"
         )
 
     # SSH

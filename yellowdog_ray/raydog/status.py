@@ -49,6 +49,7 @@ class PoolStatus:
     :param failed: its tasks that have ended, with the reasons.
     :param status: the pool's own status on the platform, such as ``"RUNNING"``; None where it is not known.
     :param problem: why it can give no more nodes; None where it can.
+    :param unfinished: how many of its tasks execute or wait for a node; None where that is not known.
     """
 
     name: str
@@ -61,6 +62,12 @@ class PoolStatus:
     failed: tuple[NodeFailure, ...] = ()
     status: str | None = None
     problem: str | None = None
+    unfinished: int | None = None
+
+    @property
+    def missing(self) -> int:
+        """How many nodes have failed and have not been replaced."""
+        return min(len(self.failed), self.wanted - (self.unfinished or 0)) if self.failed else 0
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ class ClusterStatus:
             self.phase == "running"
             and self.failure is None
             and not self.drift
-            and not any(pool.failed or pool.problem for pool in self.pools.values())
+            and not any(pool.missing or pool.problem for pool in self.pools.values())
         )
 
     def _worker_pools(self) -> Iterator[PoolStatus]:

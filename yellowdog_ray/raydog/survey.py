@@ -127,6 +127,7 @@ def _pool(
         failed=failed,
         status=None if summary is None or summary.status is None else str(summary.status),
         problem=problem,
+        unfinished=sum(number for status, number in counts.items() if not status.finished),
     )
 
 

@@ -7,12 +7,14 @@ whether it was carried out. They are switched off here, and :meth:`Transport.cal
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import tenacity
 
@@ -29,7 +31,16 @@ if TYPE_CHECKING:
     import requests
     from yellowdog_client import PlatformClient
 
-__all__ = ["Operation", "Pause", "Transport", "already_exists", "already_gone", "refused", "transient"]
+__all__ = [
+    "Operation",
+    "Pause",
+    "Transport",
+    "already_exists",
+    "already_gone",
+    "nobody_listens",
+    "refused",
+    "transient",
+]
 
 log = logging.getLogger(__name__)
 
@@ -361,3 +372,20 @@ def _readable(what: str, error: Exception, credentials: Credentials) -> Platform
             f"could not {what}: the answer could not be understood ({type(error).__name__}: {told})"
         )
     return PlatformError(f"could not {what}: {told}", status)
+
+
+def nobody_listens(api_url: str) -> bool:
+    """Tell whether an API on this machine has ended: a local platform, and all its nodes with it.
+
+    Elsewhere an API that cannot be reached is tried again for minutes, for it will come back.
+    """
+    parts = urlsplit(api_url)
+    if parts.scheme != "http" or parts.hostname is None:
+        return False
+    try:
+        socket.create_connection((parts.hostname, parts.port or 80), CONNECT_TIMEOUT).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass  # said better by the calls that follow
+    return False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from yellowdog_ray.errors import NotFoundError, RayDogError, WaitTimeoutError
+from yellowdog_ray.errors import NotFoundError, PlatformError, RayDogError, WaitTimeoutError
 from yellowdog_ray.raydog import events
 from yellowdog_ray.raydog.platform import Platform, task_failure
 from yellowdog_ray.raydog.pools import BuiltPool
@@ -211,11 +211,20 @@ def wait_for_ray(
         if operation.elapsed >= next_look or operation.expired:
             next_look = operation.elapsed + _LOOK_FOR_REASONS
             emit(operation.elapsed)
-            task = platform.task(str(head.task_id), Operation(10.0))
-            if task.status is not None and task.status.finished:
-                raise task_failure(task, "the head node's task", head.private_ip)
+            _check_task(platform, head)
         if operation.expired:
             raise WaitTimeoutError(
                 f"Ray on the head did not answer after {operation.elapsed:.1f} s: {answer}"
             )
         pause.sleep()
+
+
+def _check_task(platform: Platform, head: BuiltPool) -> None:
+    """Raise where the head's task has ended. Where the platform cannot be asked, that is not known now."""
+    try:
+        task = platform.task(str(head.task_id), Operation(10.0))
+    except PlatformError as error:
+        log.info("The head's task could not be looked at: %s", error)
+        return
+    if task.status is not None and task.status.finished:
+        raise task_failure(task, "the head node's task", head.private_ip)

@@ -38,11 +38,13 @@ class HeadWatch(Generic[_Cluster]):
         self,
         cluster: _Cluster,
         platform: Platform,
+        work_requirement_id: str,
         head: BuiltPool,
         ended: Callable[[_Cluster, str], None],
     ) -> None:
         self._cluster = weakref.ref(cluster)
         self._platform, self._head, self._ended = platform, head, ended
+        self._work_requirement_id = work_requirement_id
         self._stopped = threading.Event()
         self._unknown = 0
         self._thread = threading.Thread(target=self._run, name="raydog-head-watch", daemon=True)
@@ -75,11 +77,26 @@ class HeadWatch(Generic[_Cluster]):
             task = self._platform.task(str(self._head.task_id), Operation(SECONDS))
         except NotFoundError:
             self._unknown += 1
-            return None if self._unknown < _UNKNOWN else "the platform does not know its task any more"
+            if self._unknown < _UNKNOWN or not self._requirement_is_known():
+                return None
+            return "the platform does not know its task any more"
         except RayDogError as error:
+            self._unknown = 0
             log.info("The head's task could not be looked at: %s", error)
             return None
         self._unknown = 0
         if task.status is not None and task.status.finished:
             return str(task_failure(task, "the head node's task", self._head.private_ip))
         return None
+
+    def _requirement_is_known(self) -> bool:
+        """Tell whether the platform knows the work requirement of which it does not know the task.
+
+        Where it knows neither, it is this key that may not see them any more, and not the head that is gone.
+        """
+        try:
+            self._platform.work_requirement(self._work_requirement_id, Operation(SECONDS))
+        except RayDogError as error:
+            log.warning("The cluster cannot be looked at: %s", error)
+            return False
+        return True

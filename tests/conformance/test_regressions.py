@@ -1,0 +1,195 @@
+"""Faults that were found once, and stay found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.clusters import attach, eventually, make
+from tests.controlplane import KEY_ID, SECRET, Fault, serve
+from yellowdog_ray.errors import ClusterStateError, TeardownError
+from yellowdog_ray.raydog import events, logs, watch
+from yellowdog_ray.raydog.state import ClusterState
+
+
+@pytest.fixture
+def platform():
+    with serve() as served:
+        yield served
+
+
+_AT_EXIT = """
+import atexit, sys, threading
+from yellowdog_ray import RayDogCluster
+url, key, secret, how = sys.argv[1:]
+cluster = RayDogCluster(key, secret, "late", "test", "test/small", None, url)
+if how == "atexit":
+    atexit.register(cluster.shut_down)
+    cluster.build()
+else:
+    def run():
+        with cluster:
+            cluster.build()
+            threading.main_thread().join()
+    threading.Thread(target=run).start()
+"""
+
+
+@pytest.mark.parametrize("how", ["atexit", "thread"])
+def test_shut_down_while_the_interpreter_ends(platform, how):
+    """A cluster can be ended when Python starts no more threads."""
+    command = [sys.executable, "-c", _AT_EXIT, platform.url, KEY_ID, SECRET, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert any(work.name == "late" for work in platform.core.scheduler.works.values())
+    assert platform.running() == []
+
+
+def test_removed_by_another_process_while_it_is_added(platform, state_directory):
+    """A pool that is removed elsewhere while it is being added is taken back, and said to be removed."""
+    with make(platform) as cluster:
+        cluster.build()
+        (path,) = state_directory.glob("*.json")
+        other = attach(path)
+        platform.faults.faults = [Fault("GET", "templates/requirements", "hang", carried_out=True, seconds=7)]
+        adding = threading.Thread(target=_add, args=(cluster, errors := []))
+        adding.start()
+        eventually(lambda: platform.faults.faults[0].hits)
+        other.remove_worker_pool_by_internal_name("w")
+        adding.join(30)
+        assert "has been removed meanwhile" in str(errors[0])
+        assert [one for one in platform.running() if "wrkrs" in one] == []
+
+
+def _add(cluster, errors):
+    try:
+        cluster.add_worker_pool("test/small", None, 1, "w")
+    except ClusterStateError as error:
+        errors.append(error)
+
+
+def test_interrupt_as_the_finished_build_is_told(platform):
+    """Ctrl-C in a listener of the last event of a build takes the build back."""
+
+    def interrupt(event):
+        if isinstance(event, events.BuildFinished):
+            raise KeyboardInterrupt
+
+    cluster = make(platform, on_event=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.build()
+    assert platform.running() == []
+    assert "not built yet" in repr(cluster)
+
+
+def test_logs_keep_nothing_from_ending(platform, monkeypatch, tmp_path):
+    """Whatever goes wrong with the nodes' output, the cluster is shut down."""
+
+    def fail(*_args):
+        raise RuntimeError("can't start new thread")
+
+    cluster = make(platform, keep_logs=tmp_path)
+    cluster.build()
+    monkeypatch.setattr(logs, "collect", fail)
+    cluster.shut_down()
+    assert platform.running() == []
+
+
+def test_watch_does_not_end_a_cluster_that_it_may_not_see(platform, monkeypatch):
+    """A key that sees nothing any more is no reason to end a healthy cluster."""
+    monkeypatch.setattr(watch, "SECONDS", 0.05)
+    monkeypatch.setattr(watch, "_UNKNOWN", 2)
+    monkeypatch.setattr("yellowdog_ray.raydog.transport.NOT_YET_SECONDS", 0.1)
+    cluster = make(platform)
+    cluster.build()
+    unseen = Fault(
+        "GET", "/work/", 404, None, headers={"content-type": "application/json"}, body=b'{"errorType": "x"}'
+    )
+    platform.faults.faults = [unseen]
+    eventually(lambda: unseen.hits > 12)
+    platform.faults.clear()
+    assert "running" in repr(cluster)
+    cluster.shut_down()
+
+
+def test_replaced_workers_are_missed_no_more(platform):
+    """A cluster is healthy again when its failed worker has been replaced."""
+    with make(platform) as cluster:
+        cluster.add_worker_pool("test/small", None, 2, "w")
+        cluster.build()
+        cluster.wait_for_workers(timeout=10)
+        tasks = platform.core.scheduler.tasks.values()
+        worker = next(task for task in tasks if task.spec.name == "worker-nodes-01-00001")
+        platform.call(platform.backend.exit, worker.run_id, 1)
+        eventually(lambda: not cluster.status().healthy)
+        assert cluster.status().pools["w"].missing == 1
+        cluster.scale_worker_pool("w", 2)
+        cluster.wait_for_workers(2, timeout=10)
+        status = cluster.status()
+        assert status.healthy, str(status)
+        assert len(status.pools["w"].failed) == 1
+
+
+def test_kept_output_of_an_earlier_cluster(platform, tmp_path):
+    """What an earlier cluster of the same name has printed is not given as this one's."""
+    old = tmp_path / "demo" / "head-node" / "head-node.log"
+    old.parent.mkdir(parents=True)
+    old.write_text("of another life")
+    time.sleep(0.05)
+    with make(platform, keep_logs=tmp_path) as cluster:
+        cluster.build()
+        assert cluster.get_logs()["head-node"].text is None
+
+
+def test_added_after_another_process_has_ended_it(platform, state_directory):
+    """A pool is not added to a cluster that has been ended elsewhere, and no state file comes back."""
+    cluster = make(platform)
+    cluster.build()
+    (path,) = state_directory.glob("*.json")
+    other = attach(path)
+    other.shut_down()
+    with pytest.raises(ClusterStateError, match="another process has shut"):
+        cluster.add_worker_pool("test/small", None, 1)
+    assert list(state_directory.glob("*.json")) == []
+    cluster.shut_down()
+
+
+def test_names_given_away_by_another_process(platform, state_directory):
+    """What one process has counted is not forgotten when another one writes its own count."""
+    with make(platform) as cluster:
+        cluster.add_worker_pool("test/small", None, 2, "w")
+        cluster.build()
+        (path,) = state_directory.glob("*.json")
+        other = attach(path)
+        other.scale_worker_pool("w", 5)
+        cluster._assembly.note_pools(cluster._pools["w"])
+        assert ClusterState.load(path).pool("demo-01-wrkrs").tasks_counted == 5
+
+
+def test_detached(platform):
+    """A cluster that was detached goes on, can be used again, and is not complained about."""
+    cluster = make(platform)
+    cluster.build()
+    cluster.detach()
+    assert cluster.status().healthy
+    eventually(lambda: not cluster._watch._thread.is_alive())
+    cluster.shut_down()
+    assert platform.running() == []
+
+
+def test_local_platform_that_has_ended(state_directory):
+    """That a cluster's platform has ended is said at once; without its file it has ended too."""
+    with serve() as platform:
+        cluster = make(platform)
+        cluster.build()
+    began = time.monotonic()
+    with pytest.raises(TeardownError, match="nobody listens"):
+        cluster.shut_down()
+    next(state_directory.glob("*.json")).unlink()
+    cluster.shut_down()
+    assert "shut down" in repr(cluster)
+    assert time.monotonic() - began < 2
