@@ -379,6 +379,7 @@ def _fixed(spec: GroupSpec) -> tuple[object, ...]:
         spec.task_type,
         spec.task_data,
         spec.environment,
+        spec.completed_task_ttl,
     )
 
 
