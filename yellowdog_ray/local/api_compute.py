@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from yellowdog_ray.local import wire
-from yellowdog_ray.local.asks import RefusedError
+from yellowdog_ray.local.asks import RefusedError, Template
 from yellowdog_ray.local.entities import ComputeRequirement, Instance
-from yellowdog_ray.local.intake import Fields, read_auto_shutdown, read_usage
+from yellowdog_ray.local.intake import MAX_NODES, Fields, read_auto_shutdown, read_usage
 from yellowdog_ray.local.web import Action, Call, stream
 
 __all__ = ["ROUTES"]
@@ -43,6 +43,31 @@ async def _requirement(call: Call) -> Any:
 
 async def _requirement_named(call: Call) -> Any:
     return wire.requirement_json(call.scheduler.requirement_named(call.path("namespace"), call.path("name")))
+
+
+async def _update_requirement(call: Call) -> Any:
+    """Resize a requirement: of what a client sends back, only ``targetInstanceCount`` may be changed."""
+    fields = Fields(await call.body(), "computeRequirement")
+    requirement = call.scheduler.requirement(fields.need("id"))
+    known = wire.requirement_json(requirement)
+    same = {key: fields.get(key) == known.get(key) for key in ("namespace", "name", "tag", "createdFromId")}
+    same["maintainInstanceCount"] = fields.flag("maintainInstanceCount", False) == requirement.usage.maintain
+    same["autoShutdown"] = read_auto_shutdown(fields.fields("autoShutdown")) == requirement.auto_shutdown
+    strategy = fields.fields("provisionStrategy")
+    if strategy is not None:
+        sources = [Fields(each, "sources").get("id") for each in strategy.objects("sources")]
+        same["provisionStrategy"] = sources == [requirement.source_id]
+    for key, unchanged in same.items():
+        if not unchanged:
+            raise RefusedError.invalid(
+                f"computeRequirement.{key}: the local platform can change targetInstanceCount only"
+            )
+    target = fields.whole("targetInstanceCount", 0, MAX_NODES)
+    if target is None:
+        raise RefusedError.invalid("computeRequirement.targetInstanceCount is required")
+    call.scheduler.resize_requirement(requirement.id, target, bool(call.flag("reprovision")), call.now)
+    call.core.changed()
+    return wire.requirement_json(requirement)
 
 
 async def _transition_requirement(call: Call) -> Any:
@@ -119,14 +144,23 @@ async def _instances(call: Call) -> Any:
     return call.slice(instances.values(), wanted, wire.instance_json)
 
 
+def _of_kind(kinds: Collection[str], kind: str) -> bool:
+    """Say whether a kind is among those asked for, which may be named without their package; none is all."""
+    return not kinds or kind in kinds or kind.rpartition(".")[2] in kinds
+
+
 async def _templates(call: Call) -> Any:
-    named = call.named()
-    return call.slice(
-        call.scheduler.templates.values(),
-        lambda template: named(template.namespace, template.name, None),
-        wire.template_summary,
-        bare=True,
-    )
+    named, kinds, strategies = call.named(), call.queries("type"), call.queries("strategyType")
+
+    def wanted(template: Template) -> bool:
+        line = wire.template_summary(template)
+        return (
+            named(template.namespace, template.name, None)
+            and _of_kind(kinds, line["type"])
+            and _of_kind(strategies, line["strategyType"])
+        )
+
+    return call.slice(call.scheduler.templates.values(), wanted, wire.template_summary, bare=True)
 
 
 async def _template(call: Call) -> Any:
@@ -138,13 +172,13 @@ async def _template_named(call: Call) -> Any:
 
 
 async def _sources(call: Call) -> Any:
-    named = call.named()
-    return call.slice(
-        call.scheduler.templates.values(),
-        lambda template: named(template.namespace, template.name, None),
-        wire.source_template_summary,
-        bare=True,
-    )
+    named, kinds = call.named(), call.queries("sourceTypes", "sourceType")
+
+    def wanted(template: Template) -> bool:
+        kind = wire.source_template_summary(template)["sourceType"]
+        return named(template.namespace, template.name, None) and _of_kind(kinds, kind)
+
+    return call.slice(call.scheduler.templates.values(), wanted, wire.source_template_summary, bare=True)
 
 
 async def _source(call: Call) -> Any:
@@ -159,6 +193,7 @@ async def _source_named(call: Call) -> Any:
 ROUTES: Mapping[tuple[str, str], Action] = {
     ("POST", "/compute/templates/provision"): _provision,
     ("GET", "/compute/requirements"): _requirements,
+    ("PUT", "/compute/requirements"): _update_requirement,
     ("GET", "/compute/requirements/{id}"): _requirement,
     ("GET", "/compute/namespaces/{namespace}/requirements/{name}"): _requirement_named,
     ("PUT", "/compute/requirements/{id}/transition/{status}"): _transition_requirement,

@@ -80,12 +80,15 @@ async def _nodes(call: Call) -> Any:
     ram, vcpus = call.within("ram"), call.within("vcpus")
     registered, deregistered = call.within("registeredTime"), call.within("deregisteredTime")
     worker_registered = call.within("workerRegisteredTime")
+    # No node here is ever warned of its preemption.
+    warned = call.within("preemptionWarningTime")(None)
     pool = None if pool_id is None else scheduler.pool(pool_id)
 
     def wanted(node: Node) -> bool:
         shape = node.shape
         return (
-            (not statuses or node.status in statuses)
+            warned
+            and (not statuses or node.status in statuses)
             and (not providers or shape.provider in providers)
             and instance_id in (None, node.instance.id)
             and region in (None, shape.region)

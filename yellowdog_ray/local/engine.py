@@ -33,6 +33,8 @@ class SchedulerOptions:
     :param fail_dependents: whether a group fails when one that it depends on did not complete;
         otherwise it waits for ever.
     :param reuse_finished_names: whether the name of something that has ended may be used again.
+    :param end_again: what a client is told that ends what is ending already (a shut-down worker pool, a
+        compute requirement that terminates): ``"accept"``, or ``"refuse"`` with status 403.
     """
 
     template_environment: Literal["replace", "merge"] = "replace"
@@ -44,6 +46,7 @@ class SchedulerOptions:
     boot_retry: float = 10
     fail_dependents: bool = True
     reuse_finished_names: bool = False
+    end_again: Literal["accept", "refuse"] = "accept"
 
 
 class Engine:

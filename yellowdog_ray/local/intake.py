@@ -52,6 +52,9 @@ _DURATION = re.compile(
     r"^P(?:(?P<weeks>\d+)W)?(?:(?P<days>\d+(?:\.\d+)?)D)?"
     r"(?:T(?:(?P<hours>\d+(?:\.\d+)?)H)?(?:(?P<minutes>\d+(?:\.\d+)?)M)?(?:(?P<seconds>\d+(?:\.\d+)?)S)?)?$"
 )
+# SDK: CloudProvider, InstancePricingPreference.
+_PROVIDERS = frozenset({"AWS", "AZURE", "GOOGLE", "OCI", "ON_PREMISE"})
+_PRICING = frozenset({"ON_DEMAND_ONLY", "ON_DEMAND_THEN_SPOT", "SPOT_ONLY", "SPOT_THEN_ON_DEMAND"})
 _UNIT = {"weeks": 604800.0, "days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 
 
@@ -272,6 +275,13 @@ def _words(fields: Fields, key: str) -> frozenset[str]:
     return frozenset(fields.strings(key) or ())
 
 
+def _known(fields: Fields, key: str, words: Iterable[str | None], known: frozenset[str]) -> None:
+    """Refuse a word that YellowDog's enum does not have: no machine would ever match it."""
+    for word in words:
+        if word is not None and word not in known:
+            raise fields.bad(key, f"one of {', '.join(sorted(known))}, not {word!r}")
+
+
 def _check_selection(value: Any, where: str, inner: bool = False) -> Any:
     """Return a ``Selection`` of error selectors, or (inner) of plain values, whose form is right."""
     if value is None:
@@ -336,6 +346,8 @@ def _read_run(fields: Fields, raw: Mapping[str, Any]) -> RunSpec:
         destinations=tuple(destinations),
         json={key: each for key, each in raw.items() if each is not None},
     )
+    _known(fields, "instancePricingPreference", (run.pricing,), _PRICING)
+    _known(fields, "providers", sorted(run.providers), _PROVIDERS)
     # Tasks are never queued on a node ahead of time here, so that both settings mean the same.
     fields.flag("disablePreallocation", False)
     fields.done()

@@ -108,11 +108,16 @@ class Machines(Fleet):
     # -------------------------------------------------------------------------- ends, and sizes
 
     def shut_down_pool(self, pool_id: str, now: float) -> Pool:
-        """Shut a pool down: no new tasks, and its machines end with its running ones. Idempotent."""
+        """Shut a pool down: no new tasks, and its machines end with its running ones.
+
+        For one that is shut down already, this does nothing, or is refused (``options.end_again``).
+        """
         pool = self.pool(pool_id)
         if not pool.finished:
             self._shut_down(pool, now)
             self._settle(now)
+        elif self.options.end_again == "refuse":
+            raise _not_from("WorkerPool", pool.status, "SHUTDOWN")
         return pool
 
     def shut_down_node(self, node_id: str, now: float) -> Node:
@@ -147,8 +152,34 @@ class Machines(Fleet):
         self._settle(now)
         return pool
 
+    def resize_requirement(
+        self, requirement_id: str, target: int, reprovision: bool, now: float
+    ) -> ComputeRequirement:
+        """Give a stand-alone requirement another number of machines; the newest ones go first.
+
+        :param reprovision: also bring machines that have been lost back where the number stays the same.
+        """
+        requirement = self.requirement(requirement_id)
+        if requirement.status not in ("PROVISIONING", "RUNNING"):
+            raise RefusedError.invalid(f"Cannot update compute requirement in status {requirement.status}")
+        if requirement.pool is not None:
+            raise RefusedError.invalid(
+                "targetInstanceCount: the compute requirement belongs to a worker pool; resize that one"
+            )
+        if reprovision or target != requirement.target:
+            requirement.target = target
+            alive = [each for each in requirement.instances.values() if each.status in ("PENDING", "RUNNING")]
+            for instance in alive[target:]:
+                self._stop_instance(instance, now)
+            self._launch(requirement, max(0, target - len(alive)), now)
+        self._settle(now)
+        return requirement
+
     def transition_requirement(self, requirement_id: str, status: str, now: float) -> ComputeRequirement:
-        """Carry out a client's wish for a compute requirement: TERMINATED (idempotent) or PROVISIONING."""
+        """Carry out a client's wish for a compute requirement: TERMINATED or PROVISIONING.
+
+        TERMINATED for one that ends already does nothing, or is refused (``options.end_again``).
+        """
         requirement = self.requirement(requirement_id)
         if status in ("STOPPED", "RUNNING"):
             raise RefusedError.invalid(
@@ -157,12 +188,10 @@ class Machines(Fleet):
         if status == "TERMINATED":
             if requirement.status not in ("TERMINATING", "TERMINATED"):
                 self._terminate(requirement, now)
+            elif self.options.end_again == "refuse":
+                raise _not_from("ComputeRequirement", requirement.status, status)
         elif status != "PROVISIONING" or requirement.status in ("TERMINATING", "TERMINATED"):
-            raise RefusedError(
-                403,
-                "InvalidComputeRequirementStatusException",
-                f"invalid transition from {requirement.status} to {status}",
-            )
+            raise _not_from("ComputeRequirement", requirement.status, status)
         else:
             self._launch(requirement, max(0, requirement.target - requirement.alive), now)
         self._settle(now)
@@ -245,6 +274,10 @@ class Machines(Fleet):
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
+
+
+def _not_from(kind: str, old: str, new: str) -> RefusedError:
+    return RefusedError(403, f"Invalid{kind}StatusException", f"invalid transition from {old} to {new}")
 
 
 def find(things: Mapping[_K, _V], key: _K, what: str) -> _V:

@@ -237,11 +237,13 @@ class Call:
         :param bare: answer with a bare list of all unless ``sliced=true`` (the old form of some lists).
         """
         everything: Sequence[T] = list(things)
-        sort = self.query("sortField")
+        sort, direction = self.query("sortField"), self.query("sortDirection") or "ASCENDING"
+        if direction not in ("ASCENDING", "DESCENDING"):
+            raise RefusedError.invalid(f"sortDirection must be ASCENDING or DESCENDING, not {direction!r}")
         if sort is not None:
             # Dates and enums sort as texts; what lacks the field comes first.
             keyed = [(_sort_key(write(each), sort), each) for each in everything]
-            keyed.sort(key=lambda pair: pair[0], reverse=(self.query("sortDirection") or "") == "DESC")
+            keyed.sort(key=lambda pair: pair[0], reverse=direction == "DESCENDING")
             everything = [each for _, each in keyed]
         if bare and not self.flag("sliced"):
             return [write(each) for each in everything if wanted(each)]

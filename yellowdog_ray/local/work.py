@@ -108,6 +108,7 @@ class Work(Engine):
         )
         if work.status == "HELD":
             self._set_group(group, "HELD", now)
+        self._dirty_groups[group.id] = group
 
     def transition(self, work_id: str, status: str, abort: bool, now: float) -> WorkRequirement:
         """Carry out a client's wish for a work requirement; ``abort`` only matters for CANCELLING."""
@@ -300,7 +301,10 @@ class Work(Engine):
     # ----------------------------------------------------------------------------------- reviews
 
     def _review_group(self, group: TaskGroup, now: float) -> None:
-        """Let a group's status follow from its tasks and workers."""
+        """Let a group's status follow from its tasks and workers, and from the groups that it waits for."""
+        before = group.status
+        if group.blocked and not group.terminated:
+            self._review_blocked(group, now)
         status, in_progress = group.status, group.in_progress
         unfinished, failed = in_progress + group.waiting, group.counts.get("FAILED", 0)
         if status in ("PENDING", "RUNNING", "FINISHING"):
@@ -320,26 +324,34 @@ class Work(Engine):
         elif group.status == "CANCELLING" and in_progress == 0:
             self._set_group(group, "CANCELLED", now)
         self._release_kept(group, now)
-        if group.terminated and status != group.status:
+        if group.terminated and before != group.status:
             group.work.open_groups -= 1
             self._review_dependents(group, now)
             self._review_work(group.work, now)
 
     def _review_dependents(self, group: TaskGroup, now: float) -> None:
         for other in group.work.groups:
-            if not other.blocked or other.terminated or group.spec.name not in other.spec.dependencies:
-                continue
-            before = [group.work.by_name.get(name) for name in other.spec.dependencies]
-            if all(each is not None and each.status == "COMPLETED" for each in before):
-                other.blocked = False
-                for task in other.tasks:
-                    if task.status == "PENDING":
-                        self._set_task(task, "READY", now)
-                self._dirty_groups[other.id] = other
-            elif group.status == "FAILED" and self.options.fail_dependents and other.status == "PENDING":
-                self._end_waiting(other, "DISCARDED", now)
-                self._set_group(other, "FAILING", now)
+            if other.blocked and not other.terminated and group.spec.name in other.spec.dependencies:
                 self._review_group(other, now)
+
+    def _review_blocked(self, group: TaskGroup, now: float) -> None:
+        """Let a group go on whose dependencies have all completed, or fail where one of them has failed.
+
+        A held group fails when it is started again, as it would for a task of its own.
+        """
+        others = [group.work.by_name.get(name) for name in group.spec.dependencies]
+        statuses = {None if other is None else other.status for other in others}
+        if statuses == {"COMPLETED"}:
+            group.blocked = False
+            for task in group.tasks:
+                if task.status == "PENDING":
+                    self._set_task(task, "READY", now)
+            self._dirty_groups[group.id] = group
+        elif (
+            "FAILED" in statuses and self.options.fail_dependents and group.status in ("PENDING", "FINISHING")
+        ):
+            self._end_waiting(group, "DISCARDED", now)
+            self._set_group(group, "FAILING", now)
 
     def _review_work(self, work: WorkRequirement, now: float) -> None:
         if work.open_groups or work.finished or work.status == "HELD":
@@ -379,6 +391,7 @@ def _fixed(spec: GroupSpec) -> tuple[object, ...]:
         spec.task_type,
         spec.task_data,
         spec.environment,
+        spec.completed_task_ttl,
     )
 
 
