@@ -16,7 +16,6 @@ from tests.clusters import (
     SHORT,
     attach,
     eventually,
-    hurry,
     lose_machine,
     make,
     nodes,
@@ -24,7 +23,7 @@ from tests.clusters import (
     state_of,
     tasks,
 )
-from tests.controlplane import KEY_ID, SECRET, TEMPLATE, Fault, serve
+from tests.controlplane import KEY_ID, SECRET, TEMPLATE, Fault
 from yellowdog_ray.errors import (
     ClusterStateError,
     CredentialsError,
@@ -54,16 +53,7 @@ ATTRIBUTES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch):
-    hurry(monkeypatch)
-
-
-@pytest.fixture
-def platform():
-    with serve(boot_delay=0.005, start_delay=0.002, stop_delay=0.002) as served:
-        yield served
-        assert served.running() == []
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 @pytest.fixture

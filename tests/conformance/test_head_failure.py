@@ -16,7 +16,6 @@ from tests.clusters import (
     attach,
     eventually,
     executing,
-    hurry,
     let_exit,
     lose_machine,
     make,
@@ -33,9 +32,7 @@ from yellowdog_ray.raydog import events, plan, watch
 GROUP, POOL = "worker-nodes-01", "demo-01-wrkrs"
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch):
-    hurry(monkeypatch)
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 @pytest.fixture

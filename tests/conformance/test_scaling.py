@@ -12,7 +12,6 @@ from tests.clusters import (
     SHORT,
     attach,
     eventually,
-    hurry,
     let_exit,
     lose_machine,
     make,
@@ -20,7 +19,7 @@ from tests.clusters import (
     pools,
     tasks,
 )
-from tests.controlplane import Fault, serve
+from tests.controlplane import Fault
 from yellowdog_ray.errors import ClusterStateError, PlatformError, SpecError, TeardownError
 from yellowdog_ray.raydog import plan
 from yellowdog_ray.raydog.state import ClusterState
@@ -28,16 +27,7 @@ from yellowdog_ray.raydog.state import ClusterState
 GROUP, POOL = "worker-nodes-01", "demo-01-wrkrs"
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch):
-    hurry(monkeypatch)
-
-
-@pytest.fixture
-def platform():
-    with serve(boot_delay=0.005, start_delay=0.002, stop_delay=0.002) as served:
-        yield served
-        assert served.running() == []
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 @pytest.fixture

@@ -15,14 +15,13 @@ from tests.clusters import (
     SHORT,
     attach,
     eventually,
-    hurry,
     let_exit,
     make,
     nodes,
     state_of,
     tasks,
 )
-from tests.controlplane import SECRET, TEMPLATE, Fault, serve
+from tests.controlplane import SECRET, TEMPLATE, Fault
 from yellowdog_ray.errors import (
     BuildError,
     BuildTimeoutError,
@@ -40,16 +39,7 @@ from yellowdog_ray.raydog.status import NodeFailure
 GROUP = "worker-nodes-01"
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch):
-    hurry(monkeypatch)
-
-
-@pytest.fixture
-def platform():
-    with serve(boot_delay=0.005, start_delay=0.002, stop_delay=0.002) as served:
-        yield served
-        assert served.running() == []
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 class Recorder:

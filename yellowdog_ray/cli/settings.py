@@ -55,10 +55,6 @@ def read_key(options: argparse.Namespace) -> Key:
             f"there is no application key: set {' and '.join(missing)} in the environment, or in "
             f"{options.env_file or 'a file .env in the current directory'}"
         )
-    for name, value in ((_ID, key_id), (_SECRET, secret)):
-        # An error of what sends it would repeat it.
-        if not value.isascii() or not value.isprintable() or " " in value:
-            raise UsageError(f"{name} cannot be right: it has characters that no application key has")
     called = {"key_id": _ID, "key_secret": _SECRET, "api_url": _URL}
     try:
         make(Credentials, called, key_id=key_id, key_secret=secret, api_url=url or DEFAULT_API_URL)

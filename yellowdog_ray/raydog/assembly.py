@@ -47,7 +47,8 @@ _ADDRESS_SECONDS = 60.0
 # How long the tasks of a removed pool are being cancelled.
 CANCEL_SECONDS = 30.0
 
-_STOPPED = "it was stopped: the cluster is being shut down by another process"
+# What is said where another process ends the cluster meanwhile.
+STOPPED = "it was stopped: the cluster is being shut down by another process"
 
 
 @dataclass
@@ -92,9 +93,12 @@ class Assembly:
         """Tell whether there may be something of a pool on the platform."""
         return pool.id is not None or pool.plan.name in self.made.sent
 
+    def pools(self, workers: Iterable[BuiltPool]) -> list[BuiltPool]:
+        """List the head's pool, the observability node's where there is one, and these."""
+        return [pool for pool in (self.head, self.observability, *workers) if pool is not None]
+
     def targets(self, workers: Iterable[BuiltPool]) -> Targets:
         """List what has been created, and what may have been by calls whose answers never came."""
-        pools = [pool for pool in (self.head, self.observability, *workers) if pool is not None]
         return Targets(
             self.cluster.namespace,
             self.work_requirement_id,
@@ -102,7 +106,7 @@ class Assembly:
             if self.work_requirement_id is None and self.cluster.name in self.made.sent
             else None,
             self.made,
-            [pool.target() for pool in pools if self.exists(pool)],
+            [pool.target() for pool in self.pools(workers) if self.exists(pool)],
             prefix=self.cluster.name,
         )
 
@@ -147,7 +151,7 @@ class Assembly:
         except RayDogError as error:
             if self.journal is not None and self.journal.ended_elsewhere():
                 # What has gone wrong comes of that.
-                raise ClusterStateError(_STOPPED) from error
+                raise ClusterStateError(STOPPED) from error
             if operation.expired and not isinstance(error, BuildError):
                 raise BuildTimeoutError(f"{operation.elapsed:.1f} s were not enough: {error}") from error
             raise
@@ -278,7 +282,7 @@ class Assembly:
             return
         self.journal.note(change)
         if self.journal.state.status == "ending":
-            raise ClusterStateError(_STOPPED)
+            raise ClusterStateError(STOPPED)
 
     def reserve_tasks(self, pool: BuiltPool, count: int) -> int:
         """Give names of tasks away, also to other processes that use the state file.

@@ -270,12 +270,8 @@ class RayDogCluster(ClusterBuilding):
         """
         if self._watch is not None:
             self._watch.stop()
-        with self._lock:
-            reach, self._reach = self._reach, None
-            self._attached = True
-        if reach is not None:
-            reach.close()
-        self._platform.close()
+        self._attached = True
+        self._close_connections()
         self._close_display()
 
     def __del__(self) -> None:

@@ -48,10 +48,10 @@ class ClusterBuilding(ClusterEnding):
         timeout = check_duration(head_node_build_timeout, "head_node_build_timeout")
         with self._lock:
             built = self._assemble(timeout)
-            pools = [built.head, built.observability, *self._pools.values()]
+            pools = built.pools(self._pools.values())
         return preview(
             self._spec,
-            [pool.plan for pool in pools if pool is not None],
+            [pool.plan for pool in pools],
             token=self._spec.ray_auth == "token",
             build_timeout=timeout,
             secrets=[self._credentials.key_secret.get_secret_value()],

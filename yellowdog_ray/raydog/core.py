@@ -132,6 +132,11 @@ class ClusterCore:
             raise ClusterStateError(f"{otherwise}: the cluster is {self._life}")
         return self._assembly
 
+    @property
+    def _workers(self) -> list[BuiltPool]:
+        """All worker pools of which there may be something on the platform."""
+        return [*self._pools.values(), *self._unfinished.values()]
+
     def _find_pool(self, name: str) -> BuiltPool:
         pool = self._pools.get(name) or self._unfinished.get(name)
         if pool is None:
@@ -206,6 +211,14 @@ class ClusterCore:
         except Exception as error:
             # Nothing that Ray does may keep a cluster from being ended.
             log.warning("The cluster's Ray token could not be taken out of this process: %s", error)
+
+    def _close_connections(self) -> None:
+        """Close the connections to the platform and the nodes. They come back when they are next needed."""
+        with self._lock:
+            reach, self._reach = self._reach, None
+        if reach is not None:
+            reach.close()
+        self._platform.close()
 
     def _close_display(self) -> None:
         """End what has no event of its own that ends it."""

@@ -78,8 +78,8 @@ class ClusterEnding(ClusterMembers):
             built.settle()
             self._synchronise()
             with self._lock:
-                workers = [*self._pools.values(), *self._unfinished.values()]
-            self._keep([pool for pool in (built.head, built.observability, *workers) if pool is not None])
+                workers = self._workers
+            self._keep(built.pools(workers))
             self._targets = built.targets([*workers, *self._dropped])
         if self._targets is not None and built is not None:
             self._emit(events.ShutdownStarted(self._spec.name, tuple(self._targets.items)))
@@ -96,21 +96,13 @@ class ClusterEnding(ClusterMembers):
                     )
             finally:
                 self._note_ended(built, self._targets)
-        with self._lock:
-            self._targets = None
-            self._unfinished.clear()
-            self._phase = Phase.ENDED
-            reach, self._reach = self._reach, None
-        if reach is not None:
-            reach.close()
-        self._platform.close()
+        self._note_all_ended()
         self._emit(events.ShutdownFinished(self._spec.name, operation.elapsed))
 
     def _end_with_local_platform(self, built: Assembly) -> None:
         """Take a cluster for ended whose local platform has ended; or raise where that did not say so."""
         if self._journal is not None and self._journal.path.exists():
-            every = (built.head, built.observability, *self._pools.values(), *self._unfinished.values())
-            left = [pool.plan.name for pool in every if pool is not None]
+            left = [pool.plan.name for pool in built.pools(self._workers)]
             raise TeardownError(
                 f"nobody listens at {self._credentials.api_url}. A local platform that has ended has ended "
                 f"its nodes too: then remove {self._journal.path}. "
@@ -118,6 +110,12 @@ class ClusterEnding(ClusterMembers):
                 left,
             )
         log.warning("The cluster %s has ended with its local platform", self._spec.name)
+        self._note_all_ended()
+
+    def _note_all_ended(self) -> None:
+        """Forget what there was to end, and close the connections."""
         with self._lock:
+            self._targets = None
+            self._unfinished.clear()
             self._phase = Phase.ENDED
-        self._platform.close()
+        self._close_connections()

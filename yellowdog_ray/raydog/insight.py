@@ -99,8 +99,8 @@ class ClusterInsight(ClusterRecord):
             built = self._assembly
             if built is None or self._phase in (Phase.NEW, Phase.ENDED):
                 return known
-            every = (built.head, built.observability, *self._pools.values(), *self._unfinished.values())
-        return survey(self._platform, known, [pool for pool in every if pool is not None])
+            pools = built.pools(self._workers)
+        return survey(self._platform, known, pools)
 
     def _known_status(self) -> ClusterStatus:
         with self._lock:
@@ -139,8 +139,7 @@ class ClusterInsight(ClusterRecord):
             built = self._assembly
             if built is None:
                 raise ClusterStateError(f"there is no output: the cluster is {self._life}")
-            every = (built.head, built.observability, *self._pools.values(), *self._unfinished.values())
-            pools = {pool.plan.internal_name: pool for pool in every if pool is not None}
+            pools = {pool.plan.internal_name: pool for pool in built.pools(self._workers)}
         found = {} if self._keep_logs is None else logs.kept(self._keep_logs / self._spec.name, self._created)
         if self._phase is not Phase.ENDED:
             wanted = [pool for name, pool in pools.items() if internal_name in (None, name)]

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from yellowdog_ray.errors import (
     ClusterStateError,
 )
-from yellowdog_ray.raydog.assembly import Assembly
+from yellowdog_ray.raydog.assembly import STOPPED, Assembly
 from yellowdog_ray.raydog.core import Phase
 from yellowdog_ray.raydog.journal import Journal, default_path
 from yellowdog_ray.raydog.pools import BuiltPool
@@ -61,8 +61,7 @@ class ClusterRecord(ClusterView):
 
     def _state(self, built: Assembly) -> ClusterState:
         """Write down what there is of the cluster, as far as this process knows."""
-        every = (built.head, built.observability, *self._pools.values(), *self._unfinished.values())
-        pools = [pool for pool in every if pool is not None and built.exists(pool)]
+        pools = [pool for pool in built.pools(self._workers) if built.exists(pool)]
         state = self._state_of(built, pools).but(
             status="running" if self._phase is Phase.RUNNING else "ending"
         )
@@ -99,17 +98,17 @@ class ClusterRecord(ClusterView):
         lifetime = self._spec.lifetime
         self._lifetime_ends = None if lifetime is None else self._created + lifetime
         path = self._state_file or default_path(self._spec.namespace, self._spec.name, built.made.id)
-        pools = [pool for pool in (built.head, built.observability, *workers) if pool is not None]
+        pools = built.pools(workers)
         self._journal = built.journal = Journal.create(
             path, self._state_of(built, pools).but(status="building")
         )
 
     def _note_running(self, built: Assembly, workers: Sequence[BuiltPool]) -> None:
-        pools = [pool.state() for pool in (built.head, built.observability, *workers) if pool is not None]
+        pools = [pool.state() for pool in built.pools(workers)]
 
         def run(state: ClusterState) -> ClusterState:
             if state.status == "ending":
-                raise ClusterStateError("it was stopped: the cluster is being shut down by another process")
+                raise ClusterStateError(STOPPED)
             return state.with_pools(*pools).but(status="running")
 
         if self._journal is not None:

@@ -87,7 +87,7 @@ class ClusterState(BaseModel):
     :param created: when its build began, by the clock of the building machine.
     :param lifetime_ends: when the platform ends it; None for never.
     :param failure: why it has ended by itself.
-    :param saved: when this was written; what was asked for just before may still come into being.
+    :param saved: when this was written, for whoever reads the file.
     :param state_file: the file in which the cluster itself keeps its state up to date, on the machine that
         built it.
     :param key_hint: a part of the hash of the application key's id, to tell a wrong key by.
