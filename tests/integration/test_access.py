@@ -83,7 +83,8 @@ def test_life_with_access(platform, make_cluster, nothing_runs, tmp_path, monkey
         check=True,
         timeout=30,
     )
-    wait_until(lambda: "shut down" in repr(cluster))
+    # While it is "being shut down", the state file is still there.
+    wait_until(lambda: ", shut down" in repr(cluster))
     assert any(isinstance(event, events.HeadFailed) for event in seen)
     assert "its head has ended" in str(cluster.status().failure)
     with pytest.raises(ClusterStateError, match="its head has ended"):
