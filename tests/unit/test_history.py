@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import invariant
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, rule
 from yellowdog_client import PlatformClient
 from yellowdog_client.model import ApiKey, ServicesSchema, WorkerPoolSearch, WorkRequirementSearch
 
@@ -19,7 +22,7 @@ from tests.controlplane import KEY_ID, SECRET, serve
 from tests.unit.test_scheduler import Chance, World
 from yellowdog_ray.local import history as history_module
 from yellowdog_ray.local import records, wire
-from yellowdog_ray.local.asks import RefusedError, Usage
+from yellowdog_ray.local.asks import AutoShutdown, RefusedError, Usage
 from yellowdog_ray.local.history import KEEP_DAYS, VERSION, WAS_KILLED, WAS_STOPPED, History
 from yellowdog_ray.local.intake import read_group, read_pool
 from yellowdog_ray.local.records import KINDS, kind_of, read, write
@@ -387,18 +390,30 @@ class Remembered(Chance):
     def __init__(self) -> None:
         super().__init__()
         self.file: dict[tuple[str, str], str] = {}
-        self.scheduler: Scheduler | None = None
+
+    @rule(data=st.data(), priority=st.integers(0, 3))
+    def update(self, data: st.DataObject, priority: int) -> None:
+        work = data.draw(st.sampled_from(self.works))
+        specs = [replace(group.spec, priority=priority, tag=f"tag-{priority}") for group in work.groups]
+        with contextlib.suppress(RefusedError):
+            self.world.scheduler.update(work.id, specs, self.world.now, "tag", priority)
+        self.world.collect()
+
+    @rule(data=st.data(), wish=st.sampled_from([None, AutoShutdown(True, 300.0)]))
+    def set_auto_shutdown(self, data: st.DataObject, wish: AutoShutdown | None) -> None:
+        pool = data.draw(st.sampled_from(self.pools))
+        with contextlib.suppress(RefusedError):
+            self.world.scheduler.set_auto_shutdown(pool.requirement.id, wish, self.world.now)
+        self.world.collect()
 
     @invariant()
     def every_change_is_noted(self) -> None:
-        world = getattr(self, "world", None)
-        if world is None:
+        if not hasattr(self, "world"):
             return
-        scheduler = world.scheduler
-        changed = all_things(scheduler) if scheduler.unsaved is None else list(scheduler.unsaved)
-        scheduler.unsaved = {}
-        for thing in changed:
+        scheduler = self.world.scheduler
+        for thing in scheduler.unsaved or ():
             self.file[kind_of(thing).name, thing.id] = json.dumps(write(thing))
+        scheduler.unsaved = {}
         whole = {(kind_of(each).name, each.id): json.dumps(write(each)) for each in all_things(scheduler)}
         assert self.file == whole
 

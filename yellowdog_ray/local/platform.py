@@ -129,7 +129,9 @@ class LocalPlatform:
         self._state = _State.NEW
         self._listener: socket.socket | None = None
         self._directory: Path | None = None
+        # Descriptors that say, as long as they are open, that the directory is in use.
         self._lock: int | None = None
+        self._directory_lock: int | None = None
         self._nodes_made: LocalNodes | None = None
         self._server: _Server | None = None
         self._url: str | None = None
@@ -267,6 +269,7 @@ class LocalPlatform:
         self._listener = bind_loopback(self._port)
         self._directory = Path(tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=_DIRECTORY_HOME))
         self._lock = _lock(self._directory)
+        self._directory_lock = _keep_from_ageing(self._directory)
         self._nodes_made = LocalNodes(
             self._directory,
             self._isolation,
@@ -309,9 +312,11 @@ class LocalPlatform:
 
     def _release_lock(self) -> None:
         # Only once, also when an end that was interrupted is repeated: by then the number may be another's.
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            os.close(lock)
+        locks = self._lock, self._directory_lock
+        self._lock = self._directory_lock = None
+        for lock in locks:
+            if lock is not None:
+                os.close(lock)
 
     def nodes(self) -> list[str]:
         """List the instances whose nodes exist on this machine now, whatever the API says of them."""
@@ -513,6 +518,15 @@ def _lock(directory: Path) -> int:
     fd = os.open(directory / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(fd, fcntl.LOCK_SH)
     os.rename(directory / "lock.new", directory / "lock")
+    return fd
+
+
+def _keep_from_ageing(directory: Path) -> int:
+    """Lock the directory itself: what removes old files from /tmp (systemd-tmpfiles) leaves it alone then."""
+    import fcntl
+
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_SH)
     return fd
 
 
