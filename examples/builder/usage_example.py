@@ -7,7 +7,11 @@ YD_API_KEY_ID and YD_API_KEY_SECRET and, for what belongs to your account:
     RAYDOG_TEMPLATE             a compute requirement template, as its YDID or namespace/name
     RAYDOG_IMAGES_ID            an image, where the template names none
     RAYDOG_SSH_USER, RAYDOG_SSH_KEY   who may log in to the head, and the file of the private key
+    RAYDOG_SSH_PORT             if the SSH servers of the nodes are not at port 22
+    RAYDOG_SSH_HOST_KEY         the head's public key; without it, any is accepted
     YD_API_URL                  if your account is not at https://api.yellowdog.ai
+
+`raydog local start` prints all of these for a local platform that stays.
 """
 
 from __future__ import annotations
@@ -54,7 +58,12 @@ def account() -> Iterator[Account]:
             settings["RAYDOG_NAMESPACE"],
             settings["RAYDOG_TEMPLATE"],
             settings.get("RAYDOG_IMAGES_ID"),
-            SSHAccess(settings.get("RAYDOG_SSH_USER", "yd-agent"), settings["RAYDOG_SSH_KEY"]),
+            SSHAccess(
+                settings.get("RAYDOG_SSH_USER", "yd-agent"),
+                settings["RAYDOG_SSH_KEY"],
+                port=int(settings.get("RAYDOG_SSH_PORT", "22")),
+                host_key=settings.get("RAYDOG_SSH_HOST_KEY"),
+            ),
         )
         return
     with LocalPlatform() as platform:

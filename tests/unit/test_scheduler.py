@@ -41,6 +41,8 @@ class World:
         counter = itertools.count(1)
         self.scheduler = Scheduler(options, new_uuid=lambda: f"00000000-0000-0000-0000-{next(counter):012x}")
         self.scheduler.add_template(SMALL)
+        # As with a history: see test_history.
+        self.scheduler.unsaved = {}
         self.now = 1000.0
         self.booting: dict[str, StartNode] = {}
         self.up: set[str] = set()

@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.states_command is None:
         return _demo(options)
     output = Output(as_json=options.json)
+    if options.states_command == "local":
+        return _local(options, output)
     with Interrupts() as interrupts, _logging(options, output):
         from yellowdog_ray.cli import states
 
@@ -78,6 +80,17 @@ def _demo(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("raydog: interrupted", file=sys.stderr)
         return 130
+
+
+def _local(options: argparse.Namespace, output: Output) -> int:
+    with _logging(options, output):
+        from yellowdog_ray.cli import local
+
+        try:
+            return local.run(options, output)
+        except KeyboardInterrupt:
+            output.complain("interrupted")
+            return 130
 
 
 def _level(options: argparse.Namespace) -> int:
@@ -142,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_logs(commands)
     _add_shut_down(commands)
+    _add_local(commands)
     _add_demo(commands)
     return parser
 
@@ -254,6 +268,63 @@ def _add_shut_down(commands: _Commands) -> None:
     _add_ssh(parser)
 
 
+_LOCAL_STATUSES = """\
+exit statuses:
+  0    done
+  1    failed; the error stream says why
+  2    wrong usage
+  3    (status only) it is not running
+  130  interrupted (Ctrl-C)
+"""
+
+
+def _add_local(commands: _Commands) -> None:
+    description = (
+        "A local platform that stays until it is stopped: for a shell, a notebook or CI. There is one for\n"
+        "each user and name. It listens on 127.0.0.1 only, and lets nobody in without its application key."
+    )
+    local = commands.add_parser(
+        "local", help="start, look at and stop a local platform that stays", description=description,
+        epilog=_LOCAL_STATUSES, formatter_class=_Help,
+    )  # fmt: skip
+    _add_loudness(local, default=argparse.SUPPRESS)
+    below = local.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, short: str, more: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = below.add_parser(
+            name, help=short, description=more, epilog=_LOCAL_STATUSES, formatter_class=_Help
+        )
+        parser.add_argument(
+            "--name", default="default", help="the platform's name, where there are several (%(default)s)"
+        )
+        parser.add_argument("--json", action="store_true", help="write a JSON object")
+        _add_loudness(parser, default=argparse.SUPPRESS)
+        parser.set_defaults(states_command="local", local_command=name)
+        return parser
+
+    start = add(
+        "start",
+        "start it, and write what a shell is to evaluate",
+        "Start it where it is not running, and write the exports for a shell:\n\n"
+        '    exports=$(raydog local start) && eval "$exports"',
+    )
+    start.add_argument("--port", type=int, metavar="P", help="the port of its API (the one it had before)")
+    _add_isolation(start)
+    start.add_argument("--new-key", action="store_true", help="give it a new application key")
+    start.add_argument("--foreground", action="store_true", help="do not go to the background")
+    status = add("status", "say whether it is running, and what is on it", "Say whether it is running.")
+    status.add_argument("--exports", action="store_true", help="write the exports for a shell instead")
+    add("stop", "end it with all its nodes", "End it with all its nodes, and see that nothing is left.")
+
+
+def _add_isolation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--isolation",
+        choices=["namespaces", "user-namespaces", "processes"],
+        help="what the nodes are made of (default: the best that this machine allows)",
+    )
+
+
 def _add_demo(commands: _Commands) -> None:
     demo = commands.add_parser(
         "demo",
@@ -261,8 +332,4 @@ def _add_demo(commands: _Commands) -> None:
         description="Build a Ray cluster of one head and two workers on the embedded local platform, compute "
         "on all of it through SSH tunnels, and shut it down from another process. It needs no account.",
     )
-    demo.add_argument(
-        "--isolation",
-        choices=["namespaces", "user-namespaces", "processes"],
-        help="what the nodes are made of (default: the best that this machine allows)",
-    )
+    _add_isolation(demo)

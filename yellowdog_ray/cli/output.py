@@ -28,7 +28,7 @@ class Output:
         if not self.as_json:
             self._write(text)
 
-    def finish(self, results: Sequence[dict[str, Any]]) -> None:
+    def finish(self, results: Sequence[dict[str, Any]] | dict[str, Any]) -> None:
         """Write all results as JSON, where that is wanted."""
         if self.as_json:
             self._write(json.dumps(results, indent=2))

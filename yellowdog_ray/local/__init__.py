@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yellowdog_ray.local.control_plane import LocalControlPlane
+    from yellowdog_ray.local.daemon import LocalAccount
     from yellowdog_ray.local.faults import Fault
     from yellowdog_ray.local.platform import LocalPlatform
 
-__all__ = ["Fault", "LocalControlPlane", "LocalPlatform"]
+__all__ = ["Fault", "LocalAccount", "LocalControlPlane", "LocalPlatform"]
 
-_HOMES = {"Fault": "faults", "LocalControlPlane": "control_plane", "LocalPlatform": "platform"}
+_HOMES = {
+    "Fault": "faults",
+    "LocalAccount": "daemon",
+    "LocalControlPlane": "control_plane",
+    "LocalPlatform": "platform",
+}
 
 
 def __getattr__(name: str) -> Any:

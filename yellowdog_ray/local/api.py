@@ -121,6 +121,7 @@ async def _create_namespace(call: Call) -> Any:
     if name in call.scheduler.namespaces:
         raise RefusedError.invalid(f"Namespace {name} already exists")
     call.scheduler.namespaces.add(name)
+    call.core.changed()
     # The SDK takes this answer as text.
     return str(_namespace_json(call, name)["id"])
 
@@ -130,6 +131,7 @@ async def _delete_namespace(call: Call) -> Any:
     if name not in call.scheduler.namespaces:
         raise RefusedError.invalid(f"Namespace {name} is in use")
     call.scheduler.namespaces.discard(name)
+    call.core.changed()
 
 
 async def _nothing(call: Call) -> Any:

@@ -37,6 +37,8 @@ class ControlPlane:
         self.now = now
         self.closing = asyncio.Event()
         self.backend: NodeBackend | None = None
+        #: Called after each change, where somebody keeps a history.
+        self.saver: Callable[[], None] | None = None
         self._loop = loop
         self._key = f"{key_id}:{secret}".encode()
         self._timer: asyncio.TimerHandle | None = None
@@ -69,6 +71,8 @@ class ControlPlane:
                         self.backend.apply(effect)
         finally:
             self._draining = False
+        if self.saver is not None:
+            self.saver()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

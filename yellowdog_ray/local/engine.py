@@ -62,6 +62,9 @@ class Engine:
         self.options = options or SchedulerOptions()
         #: Grows with every call and event that may have changed something.
         self.revision = 0
+        #: Where somebody saves it (see `History`): all that may have changed since it was last saved, in the
+        #: order of its first change. What is new stands after what it belongs to.
+        self.unsaved: dict[Any, None] | None = None
         self._new_uuid = new_uuid or (lambda: str(uuid.uuid4()))
         self._effects: list[Effect] = []
         self._timers: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
@@ -91,6 +94,11 @@ class Engine:
 
     def _ydid(self, kind: str) -> str:
         return f"ydid:{kind}:000000:{self._new_uuid()}"
+
+    def _mark(self, thing: Any) -> None:
+        """Note that something has changed, or is about to within this call."""
+        if self.unsaved is not None:
+            self.unsaved[thing] = None
 
     def _settle(self, now: float) -> None:
         """Bring what follows from a change to an end; the layers say how."""

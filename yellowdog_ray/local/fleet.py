@@ -64,6 +64,7 @@ class Fleet(Engine):
                 changed=now,
             )
             requirement.instances[instance.id] = self.instances[instance.id] = instance
+            self._mark(instance)
             requirement.counts["PENDING"] = requirement.counts.get("PENDING", 0) + 1
             self._at(now + boot_timeout, self._boot_due, instance)
             self._effects.append(
@@ -89,6 +90,7 @@ class Fleet(Engine):
             if status not in REQUIREMENT_NEXT.get(requirement.status, ()):
                 raise illegal("compute requirement", requirement.status, status)
             requirement.status, requirement.changed = status, now
+            self._mark(requirement)
 
     def _set_instance(self, instance: Instance, status: str, now: float) -> None:
         if status not in INSTANCE_NEXT.get(instance.status, ()):
@@ -100,6 +102,8 @@ class Fleet(Engine):
             instance.node.pool.draining -= 1
         instance.status, instance.changed = status, now
         instance.requirement.updated = now
+        self._mark(instance.requirement)
+        self._mark(instance)
         if instance.requirement.pool is not None:
             self._touch(instance.requirement.pool, now)
 
@@ -112,6 +116,7 @@ class Fleet(Engine):
         if node.status == "RUNNING":
             node.deregistered = now
         node.status, node.changed = status, now
+        self._mark(node)
         self._touch(node.pool, now)
 
     def _set_worker(self, worker: Worker, status: str, now: float) -> None:
@@ -119,6 +124,7 @@ class Fleet(Engine):
         pool.worker_counts[worker.status] -= 1
         pool.worker_counts[status] = pool.worker_counts.get(status, 0) + 1
         worker.status = status
+        self._mark(worker.node)
         self._touch(pool, now)
 
     def _set_pool(self, pool: Pool, status: str, now: float) -> None:
@@ -127,9 +133,11 @@ class Fleet(Engine):
         if status not in POOL_NEXT.get(pool.status, ()):
             raise illegal("worker pool", pool.status, status)
         pool.status, pool.changed = status, now
+        self._mark(pool)
 
     def _touch(self, pool: Pool, now: float) -> None:
         pool.updated = now
+        self._mark(pool)
         self._dirty_pools[pool.id] = pool
 
     # ----------------------------------------------------------------------- machines come and go
@@ -154,6 +162,7 @@ class Fleet(Engine):
             pool.worker_counts["STOPPED"] = pool.worker_counts.get("STOPPED", 0) + len(node.workers)
             pool.node_counts["RUNNING"] = pool.node_counts.get("RUNNING", 0) + 1
             pool.nodes[node.id] = self.nodes[node.id] = node
+            self._mark(node)
             if shape not in pool.shapes:
                 pool.shapes.add(shape)
                 self._free.setdefault(shape, {})
@@ -175,6 +184,8 @@ class Fleet(Engine):
     def _boot_failed(self, instance: Instance, reason: str, now: float) -> None:
         requirement = instance.requirement
         instance.reason = reason
+        self._mark(instance)
+        self._mark(requirement)
         requirement.source_status = "ERRORED"
         requirement.source_message = f"instance {instance.id} ({instance.hostname}): {reason}"
         pool = requirement.pool
@@ -250,6 +261,7 @@ class Fleet(Engine):
 
     def _review_requirement(self, requirement: ComputeRequirement, now: float) -> None:
         requirement.updated = now
+        self._mark(requirement)
         if requirement.status == "TERMINATING":
             if requirement.alive + requirement.counts.get("TERMINATING", 0) == 0:
                 self._set_requirement(requirement, "TERMINATED", now)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from yellowdog_ray.local.asks import AutoShutdown, PoolSpec, RefusedError, Template, Usage
-from yellowdog_ray.local.entities import ComputeRequirement, Node, Pool, Shape, Worker
+from yellowdog_ray.local.entities import ComputeRequirement, Instance, Node, Pool, Shape, Worker
 from yellowdog_ray.local.fleet import Fleet
 from yellowdog_ray.local.intake import MAX_NODES
 
@@ -79,6 +79,7 @@ class Machines(Fleet):
         )
         requirement.pool = pool
         self.pools[pool.id] = self._pool_names[key] = pool
+        self._mark(pool)
         self._pools_by_tag.setdefault(spec.worker_tag, {})[pool.id] = pool
         self._launch(requirement, max(usage.target, spec.min_nodes), now)
         self._dirty_pools[pool.id] = pool
@@ -140,6 +141,7 @@ class Machines(Fleet):
             raise RefusedError.invalid(f"size must be from {pool.spec.min_nodes} to {bound}, not {size}")
         pool.max_nodes = max(pool.max_nodes, size)
         pool.requirement.target = size
+        self._mark(pool.requirement)
         standing = self._standing(pool)
         if size > standing:
             self._launch(pool.requirement, size - standing, now)
@@ -217,6 +219,7 @@ class Machines(Fleet):
         self, requirement: ComputeRequirement, wish: AutoShutdown | None, now: float
     ) -> None:
         requirement.auto_shutdown = wish
+        self._mark(requirement)
         limit = wish.seconds if wish is not None else None
         requirement.auto_shutdown_time = None if limit is None else now + limit
         if requirement.auto_shutdown_time is not None:
@@ -244,6 +247,28 @@ class Machines(Fleet):
             self._launch(pool.requirement, count, now)
             pool.requirement.target = max(pool.requirement.target, pool.requirement.alive)
         return count
+
+    # ------------------------------------------------------------------------------- the past
+
+    def remember_machines(self, thing: ComputeRequirement | Pool | Instance | Node) -> None:
+        """Take in what has ended in an earlier life of the platform, after what it belongs to."""
+        if isinstance(thing, ComputeRequirement):
+            self.requirements[thing.id] = thing
+            self._requirement_names[thing.usage.namespace, thing.usage.name] = thing
+        elif isinstance(thing, Pool):
+            thing.requirement.pool = thing
+            self.pools[thing.id] = self._pool_names[thing.namespace, thing.name] = thing
+        elif isinstance(thing, Instance):
+            counts = thing.requirement.counts
+            counts[thing.status] = counts.get(thing.status, 0) + 1
+            thing.requirement.instances[thing.id] = self.instances[thing.id] = thing
+        else:
+            pool = thing.pool
+            pool.node_counts[thing.status] = pool.node_counts.get(thing.status, 0) + 1
+            pool.nodes[thing.id] = self.nodes[thing.id] = thing.instance.node = thing
+            for worker in thing.workers:
+                pool.worker_counts[worker.status] = pool.worker_counts.get(worker.status, 0) + 1
+                self.workers[worker.id] = worker
 
     # ---------------------------------------------------------------------------------- look-ups
 

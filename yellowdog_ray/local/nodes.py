@@ -82,7 +82,8 @@ class Isolation(str, enum.Enum):
 class SSHIdentity:
     """The keys of a platform: one that opens its nodes, and one by which its nodes are known.
 
-    :param directory: the directory for the key files, which only this user may read.
+    :param directory: the directory for the key files, which only this user may read. Keys that are in it
+        already are used again.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -93,15 +94,25 @@ class SSHIdentity:
 
 
 def _make_key(path: Path) -> str:
+    """Return the public key of a private key file, which is made where there is none."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    key = Ed25519PrivateKey.generate()
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    )
-    with open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600)) as file:
-        file.write(private)
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except FileNotFoundError:
+        key = Ed25519PrivateKey.generate()
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        )
+        # Whole or not at all: it may be for longer than this process lives.
+        new = path.with_name(f"{path.name}.new")
+        new.unlink(missing_ok=True)
+        with open(new, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600)) as file:
+            file.write(private)
+        os.replace(new, path)
+    except ValueError as error:
+        raise LocalPlatformError(f"{path} is no SSH key any more ({error}): remove it") from error
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return public.decode()
 
@@ -112,15 +123,22 @@ class LocalNodes:
     :param directory: the platform's own directory, which is there already.
     :param isolation: the kind of node, or None for the best that works here.
     :param lock: a descriptor that the supervisor keeps open for as long as it lives.
+    :param ssh: the keys of the nodes; None for new ones in the directory.
     :param system_sshd: whether to use the system's SSH server where there is one.
     :raises LocalPlatformError: when no kind works, or the kind that was asked for does not.
     """
 
     def __init__(
-        self, directory: Path, isolation: Isolation | None = None, *, lock: int, system_sshd: bool = True
+        self,
+        directory: Path,
+        isolation: Isolation | None = None,
+        *,
+        lock: int,
+        ssh: SSHIdentity | None = None,
+        system_sshd: bool = True,
     ) -> None:
         self._directory, self._lock = directory, lock
-        self.ssh = SSHIdentity(directory)
+        self.ssh = ssh or SSHIdentity(directory)
         self.user, self._group = _user()
         self._on_event: Callable[[Event], None] = lambda event: None
         self._ids: dict[str, str] = {}
@@ -154,6 +172,16 @@ class LocalNodes:
     def ssh_port(self) -> int:
         """The port of the nodes' SSH servers, at their public addresses."""
         return self._ssh_port
+
+    @property
+    def interface(self) -> str:
+        """The interface of this machine to the nodes; empty where there is none."""
+        return self._interface
+
+    @property
+    def works(self) -> bool:
+        """Whether nodes can be made: not once the process that owns them was killed."""
+        return self._supervisor is not None and self._supervisor.poll() is None
 
     @property
     def ssh_server(self) -> str:

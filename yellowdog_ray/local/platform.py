@@ -21,25 +21,30 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
 from yellowdog_ray.local.linux import processes_with, remove_tree
-from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, free_memory
+from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, SSHIdentity, free_memory
 from yellowdog_ray.local.supervisor import NODE_FILES
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from yellowdog_ray.local.daemon import LocalAccount
     from yellowdog_ray.local.events import Event
     from yellowdog_ray.local.scheduler import Scheduler
     from yellowdog_ray.raydog.reach import SSHAccess
 
-__all__ = ["DEFAULT_TEMPLATES", "LocalPlatform", "NodeTemplate"]
+__all__ = ["DEFAULT_TEMPLATES", "Kept", "LocalPlatform", "NodeTemplate"]
 
 _log = logging.getLogger(__name__)
 
+HISTORY = "history.sqlite"
+"""The name of the file in which a platform that stays keeps its history."""
 _DIRECTORY_PREFIX = "raydog-local-"
 # Not TMPDIR: the names of Ray's sockets below it must fit into 107 bytes.
 _DIRECTORY_HOME = "/tmp"  # noqa: S108
@@ -63,6 +68,18 @@ DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate()}
 """The templates that a local platform has when it is not told others, by ``namespace/name``."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a platform goes on with that is not to be new each time.
+
+    :param directory: where its SSH keys and its history are, for this user only; it is there already.
+    """
+
+    key_id: str
+    secret: str = field(repr=False)
+    directory: Path
+
+
 class _State(enum.Enum):
     NEW = "it has not been started"
     RUNNING = "it is running"
@@ -82,6 +99,8 @@ class LocalPlatform:
     :param templates: what its compute requirement templates offer, by ``namespace/name``.
     :param system_sshd: whether nodes use this machine's own sshd where it is installed; otherwise they
         use the embedded one.
+    :param kept: what it goes on with, for a platform that stays (``raydog local``); None for a new key and
+        no history.
 
     :raises SpecError: when an argument cannot work.
     """
@@ -93,6 +112,7 @@ class LocalPlatform:
         isolation: Isolation | str | None = None,
         templates: Mapping[str, NodeTemplate] | None = None,
         system_sshd: bool = True,
+        kept: Kept | None = None,
     ) -> None:
         kinds = [kind.value for kind in Isolation]
         if isolation is not None and isolation not in kinds:
@@ -109,12 +129,26 @@ class LocalPlatform:
         self._state = _State.NEW
         self._listener: socket.socket | None = None
         self._directory: Path | None = None
+        # Descriptors that say, as long as they are open, that the directory is in use.
         self._lock: int | None = None
+        self._directory_lock: int | None = None
         self._nodes_made: LocalNodes | None = None
         self._server: _Server | None = None
         self._url: str | None = None
-        self._key_id = str(uuid.uuid4())
-        self._secret = secrets.token_urlsafe(32)
+        self._kept = kept
+        self._key_id = kept.key_id if kept else str(uuid.uuid4())
+        self._secret = kept.secret if kept else secrets.token_urlsafe(32)
+
+    @staticmethod
+    def connect(name: str = "default") -> LocalAccount:
+        """Find the platform that ``raydog local start`` has started, and that stays.
+
+        :param name: its name.
+        :raises LocalPlatformError: when it does not run.
+        """
+        from yellowdog_ray.local.daemon import connect
+
+        return connect(name)
 
     # What a client needs
 
@@ -131,7 +165,7 @@ class LocalPlatform:
 
     @property
     def secret(self) -> str:
-        """The secret of that key. It is new with every platform."""
+        """The secret of that key."""
         return self._secret
 
     @property
@@ -235,8 +269,13 @@ class LocalPlatform:
         self._listener = bind_loopback(self._port)
         self._directory = Path(tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=_DIRECTORY_HOME))
         self._lock = _lock(self._directory)
+        self._directory_lock = _keep_from_ageing(self._directory)
         self._nodes_made = LocalNodes(
-            self._directory, self._isolation, lock=self._lock, system_sshd=self._system_sshd
+            self._directory,
+            self._isolation,
+            lock=self._lock,
+            ssh=SSHIdentity(self._kept.directory) if self._kept else None,
+            system_sshd=self._system_sshd,
         )
         if self._nodes.isolation is Isolation.PROCESSES:
             _require_ray_ports(self._nodes)
@@ -256,7 +295,7 @@ class LocalPlatform:
         self._end()
         self._state = _State.CLOSED
         if self._url is not None:
-            _forget_clusters(self._url)
+            forget_clusters(self._url)
 
     def _end(self) -> None:
         """Undo what has been done of :meth:`_start`, each step whether or not the one before it worked."""
@@ -273,14 +312,24 @@ class LocalPlatform:
 
     def _release_lock(self) -> None:
         # Only once, also when an end that was interrupted is repeated: by then the number may be another's.
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            os.close(lock)
+        locks = self._lock, self._directory_lock
+        self._lock = self._directory_lock = None
+        for lock in locks:
+            if lock is not None:
+                os.close(lock)
 
     def nodes(self) -> list[str]:
         """List the instances whose nodes exist on this machine now, whatever the API says of them."""
         self._require_running()
         return self._nodes.instances()
+
+    def failure(self) -> str | None:
+        """Say why a running platform cannot go on; None while it can."""
+        if self._state is not _State.RUNNING:
+            return None
+        if self._server is None or not self._server.alive:
+            return "its API has ended"
+        return None if self._nodes.works else "the process that owns its nodes has ended"
 
     def leftovers(self) -> list[str]:
         """List what of this platform is left on the machine: nothing, once it is closed."""
@@ -326,6 +375,11 @@ class _Server:
         self._started = threading.Event()
         self._failure: BaseException | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether the API still answers."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Start the thread and return when the API answers.
 
@@ -365,21 +419,32 @@ class _Server:
             self._started.set()
 
     async def _serve(self) -> None:
-        import uvicorn
-
         from yellowdog_ray.local.api import create_app
         from yellowdog_ray.local.core import ControlPlane
+        from yellowdog_ray.local.history import History
 
         self._loop = asyncio.get_running_loop()
-        self._core = ControlPlane(
-            _scheduler(self._platform._templates), self._loop, self._platform.key_id, self._platform.secret
-        )
+        scheduler, kept = _scheduler(self._platform._templates), self._platform._kept
+        self._core = ControlPlane(scheduler, self._loop, self._platform.key_id, self._platform.secret)
+        if kept is None:
+            await self._serve_api(create_app(self._core))
+            return
+        history = History(kept.directory / HISTORY)
+        history.load(scheduler)
+        history.follow(scheduler, self._loop)
+        self._core.saver = history.changed
+        try:
+            await self._serve_api(create_app(self._core))
+        finally:
+            history.close()
+
+    async def _serve_api(self, app: Starlette) -> None:
+        import uvicorn
+
         self._core.backend = self._nodes
         # Events may come while effects are being carried out; each waits for its turn.
         self._nodes.serve(self._loop, self._queue_event)
-        config = uvicorn.Config(
-            create_app(self._core), log_config=None, access_log=False, lifespan="off", ws="none"
-        )
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
         self._uvicorn = uvicorn.Server(config)
         serving = asyncio.ensure_future(self._uvicorn.serve(sockets=[self._listener]))
         while not self._uvicorn.started and not serving.done():
@@ -456,6 +521,15 @@ def _lock(directory: Path) -> int:
     return fd
 
 
+def _keep_from_ageing(directory: Path) -> int:
+    """Lock the directory itself: what removes old files from /tmp (systemd-tmpfiles) leaves it alone then."""
+    import fcntl
+
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
+
+
 def bind_loopback(port: int | None) -> socket.socket:
     """Make the socket of an API on 127.0.0.1, at this port or, for None or 0, at a free one.
 
@@ -503,7 +577,7 @@ def _require_ray_ports(nodes: LocalNodes) -> None:
                 ) from None
 
 
-def _forget_clusters(url: str) -> None:
+def forget_clusters(url: str) -> None:
     """Remove the state files of clusters that have ended with a platform: there is nothing left to end."""
     from yellowdog_ray.raydog.journal import forget_all
 

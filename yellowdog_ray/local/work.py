@@ -55,6 +55,7 @@ class Work(Engine):
         _check_groups(groups)
         work = WorkRequirement(self._ydid("workreq"), namespace, name, tag, priority, now, now)
         self.works[work.id] = self._work_names[key] = work
+        self._mark(work)
         for spec in groups:
             self._add_group(work, spec, now)
         self._settle(now)
@@ -79,10 +80,12 @@ class Work(Engine):
                     f"Task group {spec.name}: only its priority and tag can be changed"
                 )
         work.tag, work.priority = tag, priority
+        self._mark(work)
         for spec in groups:
             group = work.by_name.get(spec.name)
             if group is not None:
                 group.priority, group.tag = spec.priority, spec.tag
+                self._mark(group)
         for spec in fresh:
             self._add_group(work, spec, now)
         self._settle(now)
@@ -103,6 +106,7 @@ class Work(Engine):
         work.groups.append(group)
         work.by_name[spec.name] = self.groups[group.id] = group
         work.open_groups += 1
+        self._mark(group)
         group.blocked = any(
             name not in work.by_name or work.by_name[name].status != "COMPLETED" for name in spec.dependencies
         )
@@ -183,6 +187,8 @@ class Work(Engine):
         group.counts[task.status] = group.counts.get(task.status, 0) + 1
         group.updated = now
         self.tasks[task.id] = task
+        self._mark(group)
+        self._mark(task)
         if task.status == "READY":
             group.ready.append(task)
         self._dirty_groups[group.id] = group
@@ -210,6 +216,7 @@ class Work(Engine):
         if task.worker is None or task.run_id is None or task.abort_requested is not None:
             return
         task.abort_requested = now
+        self._mark(task)
         if not task.timed_out:
             self._effects.append(AbortTask(task.run_id, task.worker.node.instance.id))
 
@@ -266,6 +273,8 @@ class Work(Engine):
         group.counts[status] = group.counts.get(status, 0) + 1
         group.updated = now
         task.status = status
+        self._mark(group)
+        self._mark(task)
         if status == "READY":
             group.ready.append(task)
         elif status not in ("ALLOCATED", "EXECUTING"):
@@ -278,12 +287,14 @@ class Work(Engine):
         if status not in GROUP_NEXT.get(group.status, ()):
             raise illegal("task group", group.status, status)
         group.status, group.changed = status, now
+        self._mark(group)
         self._dirty_groups[group.id] = group
 
     def _set_work(self, work: WorkRequirement, status: str, now: float) -> None:
         if status not in WORK_NEXT.get(work.status, ()):
             raise illegal("work requirement", work.status, status)
         work.status, work.changed = status, now
+        self._mark(work)
 
     def _end_waiting(self, group: TaskGroup, status: str, now: float) -> None:
         if group.waiting:
@@ -361,6 +372,23 @@ class Work(Engine):
         elif work.groups or work.status == "FINISHING":
             failed = any(group.status == "FAILED" for group in work.groups)
             self._set_work(work, "FAILED" if failed else "COMPLETED", now)
+
+    # ------------------------------------------------------------------------------- the past
+
+    def remember_work(self, thing: WorkRequirement | TaskGroup | Task) -> None:
+        """Take in what has ended in an earlier life of the platform, after what it belongs to."""
+        if isinstance(thing, WorkRequirement):
+            self.works[thing.id] = self._work_names[thing.namespace, thing.name] = thing
+        elif isinstance(thing, TaskGroup):
+            thing.work.groups.append(thing)
+            thing.work.by_name[thing.spec.name] = self.groups[thing.id] = thing
+        else:
+            group = thing.group
+            group.tasks.append(thing)
+            if thing.spec.name is not None:
+                group.names.add(thing.spec.name)
+            group.counts[thing.status] = group.counts.get(thing.status, 0) + 1
+            self.tasks[thing.id] = thing
 
     # ---------------------------------------------------------------------------------- look-ups
 
