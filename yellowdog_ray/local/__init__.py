@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from yellowdog_ray.local.control_plane import LocalControlPlane
     from yellowdog_ray.local.faults import Fault
-    from yellowdog_ray.local.platform import LocalPlatform
+    from yellowdog_ray.local.platform import LocalPlatform, NodeTemplate
+    from yellowdog_ray.local.platform_faults import PlatformFaults
 
-__all__ = ["Fault", "LocalControlPlane", "LocalPlatform"]
+__all__ = ["Fault", "LocalControlPlane", "LocalPlatform", "NodeTemplate", "PlatformFaults"]
 
-_HOMES = {"Fault": "faults", "LocalControlPlane": "control_plane", "LocalPlatform": "platform"}
+_HOMES = {
+    "Fault": "faults",
+    "LocalControlPlane": "control_plane",
+    "LocalPlatform": "platform",
+    "NodeTemplate": "platform",
+    "PlatformFaults": "platform_faults",
+}
 
 
 def __getattr__(name: str) -> Any:
