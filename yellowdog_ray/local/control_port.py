@@ -239,10 +239,11 @@ class ControlPort:
         fields = {"for_" if name == "for" else name: value for name, value in wish.items() if name != "kind"}
         kind = wish["kind"]
         if kind == "latency":
-            number("seconds", fields.get("seconds"))
-            self._faults.latency = fields.pop("seconds")
+            seconds = fields.pop("seconds", None)
+            number("seconds", seconds)
             if fields:
                 raise SpecError(f"latency has no {', '.join(sorted(fields))}")
+            self._faults.latency = seconds
             return {}
         if kind == "http":
             return _written(self._faults.http(read_fault(fields)))
