@@ -342,6 +342,9 @@ class LocalNodes:
                     "YD_REGION": request.region,
                     "YD_INSTANCE_TYPE": request.instance_type,
                     "YD_INSTANCE_ID": request.instance_id,
+                    # What the default scripts tell Ray. It knows whole CPUs only, and needs some memory.
+                    "RAYDOG_NODE_VCPUS": str(max(1, int(request.vcpus))),
+                    "RAYDOG_NODE_MEMORY": str(max(NODE_MEMORY, int(request.ram * (1 << 30)))),
                     # Known by this, whatever becomes of their parents.
                     NODE_FILES: f"{self._directory}/{node_id}",
                     **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},

@@ -53,12 +53,21 @@ _RAY_PORTS = (6379, 8080, 8265, 10001)
 class NodeTemplate:
     """What a compute requirement template of the local platform says of its nodes.
 
-    :param vcpus: the virtual CPUs that a node shows. They are not enforced.
-    :param ram: its memory in GiB. It is not enforced.
+    The default scripts tell Ray that a node has this size (whole CPUs, and at least what Ray itself needs of
+    memory). Nothing keeps a node's processes from using more.
+
+    :param vcpus: a node's virtual CPUs.
+    :param ram: its memory in GiB.
+    :raises SpecError: when one of them is not positive.
     """
 
     vcpus: float = 1
     ram: float = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("vcpus", self.vcpus), ("ram", self.ram)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
+                raise SpecError(f"{name} of a node must be a positive number, not {value!r}")
 
 
 DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate()}
@@ -210,12 +219,12 @@ class LocalPlatform:
         return self._server
 
     def describe(self) -> str:
-        """Say in a sentence what the nodes are made of, and why not of something better."""
+        """Say in a sentence what the nodes are made of and held to, and why not something better."""
         self._require_running()
         text = f"nodes are {self._nodes.isolation.sentence()}; SSH server: {self._nodes.ssh_server}"
         if self._nodes.refusals:
             text += f" (not {'; '.join(self._nodes.refusals)})"
-        return text
+        return f"{text}; a node's CPUs and memory are told to Ray, not enforced"
 
     # Life
 
