@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -502,3 +505,21 @@ def test_the_clock_over_http(lab):
         answer = Lab(platform, lab.client).control("POST", "/clock", {"advance": 1})
     assert answer.status_code == 409
     assert "runs by itself" in answer.json()["error"]
+
+
+def test_a_control_plane_in_another_process():
+    """What a process of its own prints is enough to move its clock and to let things go wrong there."""
+    command = [sys.executable, "-m", "yellowdog_ray.local.control_plane", "--clock", "virtual"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        about = json.loads(process.stdout.readline())
+        headers = {"Authorization": f"Bearer {about['control_token']}"}
+        with requests.Session() as session:
+            session.headers.update(headers)
+            before = session.get(f"{about['control_url']}/books", timeout=5).json()["time"]
+            answer = session.post(f"{about['control_url']}/clock", json={"advance": 3600}, timeout=5)
+            assert answer.json()["time"] == pytest.approx(before + 3600)
+            fault = {"kind": "http", "method": "GET", "path": "^/$", "what": 418}
+            assert session.post(f"{about['control_url']}/faults", json=fault, timeout=5).status_code == 200
+        assert requests.get(about["url"], timeout=5).status_code == 418
+        process.stdin.close()
+        assert process.wait(10) == 0
