@@ -200,6 +200,10 @@ def test_capacity_is_limited(lab):
     lab.provision("unlimited", 3)
     lab.advance(60)
     assert len(lab.up("unlimited")) == 3
+    lab.faults.lose_node("large")
+    lab.provision("large-again", 2, "test/large")
+    lab.advance(60)
+    assert len(lab.up("large-again")) == 1
 
 
 def test_a_pool_gets_what_capacity_there_is(lab):
