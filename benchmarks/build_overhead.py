@@ -68,8 +68,8 @@ class Server:
 
     def books(self) -> dict[str, Any]:
         """Ask what has not ended, and how many calls have come in."""
-        key = f"yd-key {self.about['key_id']}:{self.about['secret']}"
-        request = urllib.request.Request(f"{self.about['url']}/_books", headers={"Authorization": key})
+        key = f"Bearer {self.about['control_token']}"
+        request = urllib.request.Request(f"{self.about['control_url']}/books", headers={"Authorization": key})
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
             books: dict[str, Any] = json.load(answer)
             return books
@@ -113,11 +113,11 @@ def cluster_of(
 
 def measure(row: Row, server: Server, action: Callable[[], object], own: float = 0.0) -> None:
     """Time an action, less the time that is the platform's own, and count its calls."""
-    before = server.books()["seen"]
+    before = server.books()["requests"]
     began = time.perf_counter()
     action()
     row.seconds.append(time.perf_counter() - began - own)
-    row.calls.append(server.books()["seen"] - before)
+    row.calls.append(server.books()["requests"] - before)
 
 
 def overhead(rounds: int, check: bool) -> int:
@@ -199,7 +199,7 @@ def one_size(nodes: int) -> dict[str, float]:
             "build": build,
             "wait": wait,
             "down": down,
-            "calls": server.books()["seen"],
+            "calls": server.books()["requests"],
             "client_cpu": cpu,
             "server_cpu": server.cpu(),
             "client": peak(own) - client_before,

@@ -257,7 +257,15 @@ def test_in_another_process(how):
     ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         about = json.loads(process.stdout.readline())
-        assert sorted(about) == ["key_id", "namespace", "secret", "template", "url"]
+        assert sorted(about) == [
+            "control_token",
+            "control_url",
+            "key_id",
+            "namespace",
+            "secret",
+            "template",
+            "url",
+        ]
         assert about["key_id"] == "me"
         client = Client(about["url"], about["key_id"], about["secret"])
         assert client("GET", "/_books").json() == {"running": [], "seen": 0, "hits": []}

@@ -132,7 +132,7 @@ def test_every_field_is_kept_or_follows() -> None:
         "pool": "nodes node_counts worker_counts shapes claimed busy draining idle_since idle_armed "
         "boot_failures retry_at",
         "instance": "node",
-        "node": "workers claimed busy draining idle_since idle_armed",
+        "node": "workers claimed busy draining cordoned idle_since idle_armed",
         "work": "groups by_name open_groups",
         "group": "tasks names counts ready claimed kept matches blocked",
         "task": "run_id worker timed_out",

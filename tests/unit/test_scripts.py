@@ -63,7 +63,8 @@ class Agent:
         path.chmod(0o755)
 
     def start(self, script: str, **environment: str) -> subprocess.Popen[str]:
-        (self.home / "taskdata.txt").write_text(get_script(script))
+        text = script if "\n" in script else get_script(script)
+        (self.home / "taskdata.txt").write_text(text)
         clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY")}
         return subprocess.Popen(
             ["/bin/bash", "taskdata.txt"],
@@ -138,6 +139,27 @@ def test_abort_stops_ray(agent, head, script):
     calls = agent.calls.read_text()
     assert "ray stop" in calls
     assert "ray start got TERM" in calls
+
+
+@pytest.mark.parametrize("script", ["head", "worker"])
+def test_ray_is_told_the_nodes_size(agent, head, script):
+    """Where a node has a size of its own Ray is told it, unless the script says another one itself."""
+    size = {"RAYDOG_NODE_VCPUS": "3", "RAYDOG_NODE_MEMORY": str(10 << 30)}
+    sized = {"--num-cpus": "3", "--memory": str(7 << 30), "--object-store-memory": str(3 << 30)}
+    text = get_script(script)
+    zero = text.replace("--block", "--block --num-cpus=0")
+    for script_text, environment, told in (
+        (text, size, sized),
+        (text, {}, {}),
+        (zero, size, {**sized, "--num-cpus": "0"}),
+    ):
+        agent.calls.write_text("")
+        process = agent.start(script_text, RAY_HEAD_IP=head, RAY_EXITS="0", **environment)
+        process.communicate(timeout=10)
+        (call,) = [line for line in agent.calls.read_text().splitlines() if line.startswith("ray start")]
+        # Of an option that is given twice, Ray takes the last.
+        given = dict(option.partition("=")[::2] for option in call.split()[2:])
+        assert {name: value for name, value in given.items() if name in sized} == told
 
 
 @pytest.mark.parametrize("script", ["head", "worker"])

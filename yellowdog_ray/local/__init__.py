@@ -9,15 +9,25 @@ if TYPE_CHECKING:
     from yellowdog_ray.local.control_plane import LocalControlPlane
     from yellowdog_ray.local.daemon import LocalAccount
     from yellowdog_ray.local.faults import Fault
-    from yellowdog_ray.local.platform import LocalPlatform
+    from yellowdog_ray.local.platform import LocalPlatform, NodeTemplate
+    from yellowdog_ray.local.platform_faults import PlatformFaults
 
-__all__ = ["Fault", "LocalAccount", "LocalControlPlane", "LocalPlatform"]
+__all__ = [
+    "Fault",
+    "LocalAccount",
+    "LocalControlPlane",
+    "LocalPlatform",
+    "NodeTemplate",
+    "PlatformFaults",
+]
 
 _HOMES = {
     "Fault": "faults",
     "LocalAccount": "daemon",
     "LocalControlPlane": "control_plane",
     "LocalPlatform": "platform",
+    "NodeTemplate": "platform",
+    "PlatformFaults": "platform_faults",
 }
 
 

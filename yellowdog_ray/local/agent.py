@@ -95,6 +95,10 @@ class Agent:
                 self._start_task(message)
             elif message["op"] == "abort":
                 self._abort(message["run_id"])
+            elif message["op"] == "warn":
+                self._signal(signal.SIGTERM)
+            elif message["op"] == "kill":
+                self._signal(signal.SIGKILL, message["run_id"])
             elif message["op"] == "stop":
                 raise Closed
 
@@ -137,6 +141,12 @@ class Agent:
             if task.run_id == run_id and task.kill_at is None:
                 os.kill(task.pid, signal.SIGTERM)
                 task.kill_at = time.monotonic() + ABORT_GRACE
+
+    def _signal(self, number: signal.Signals, run_id: str | None = None) -> None:
+        """Send a signal to the process of a task, or of every task."""
+        for task in self._tasks.values():
+            if run_id in (None, task.run_id):
+                os.kill(task.pid, number)
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()

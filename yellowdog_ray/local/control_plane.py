@@ -18,20 +18,23 @@ import signal
 import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import uvicorn
 
 from yellowdog_ray.errors import ClusterStateError, SpecError
 from yellowdog_ray.local.api import create_app
 from yellowdog_ray.local.asks import RefusedError
+from yellowdog_ray.local.clock import Timers, VirtualClock
+from yellowdog_ray.local.control_port import ControlPort, read_fault, running
 from yellowdog_ray.local.core import ControlPlane
 from yellowdog_ray.local.events import StartNode
-from yellowdog_ray.local.faults import Fault, Faults
 from yellowdog_ray.local.platform import bind_loopback
+from yellowdog_ray.local.platform_faults import FaultyMachines, PlatformFaults
 from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions, Template
 from yellowdog_ray.local.simulated import SimulatedBackend
 from yellowdog_ray.local.web import Call, handler
@@ -59,8 +62,8 @@ class LocalControlPlane:
     """A YellowDog-compatible platform on this machine whose nodes are simulated.
 
     Use it as a context manager, or call :meth:`start` and :meth:`close`. It listens on 127.0.0.1 and runs
-    in a thread of its own. Once started, it has these attributes for tests: ``faults``, the
-    :class:`~yellowdog_ray.local.faults.Faults` of its calls; ``backend``, its
+    in a thread of its own. Once started, it has these attributes for tests: ``faults``, its
+    :class:`~yellowdog_ray.local.platform_faults.PlatformFaults`; ``backend``, its
     :class:`~yellowdog_ray.local.simulated.SimulatedBackend`; ``core``, its
     :class:`~yellowdog_ray.local.core.ControlPlane`, and ``loop``, on which alone it may be touched
     (see :meth:`call`).
@@ -75,11 +78,16 @@ class LocalControlPlane:
     :param key_id: the id of the application key that it accepts; None for a new one.
     :param secret: the secret of that key; None for a new one.
     :param port: the TCP port of its API; 0 for a free one.
+    :param clock: ``"real"``, or ``"virtual"``: time then passes only by :meth:`advance`, for all that the
+        platform and its machines do later. Calls are answered and tasks given out without it. What is
+        done to requests (``latency``, and the seconds of a :class:`~yellowdog_ray.local.faults.Fault` that
+        hangs or comes late) goes by the machine's clock as ever.
+    :raises SpecError: when there is no such clock.
     """
 
     core: ControlPlane
     backend: SimulatedBackend
-    faults: Faults
+    faults: PlatformFaults
     loop: asyncio.AbstractEventLoop
 
     def __init__(
@@ -95,7 +103,12 @@ class LocalControlPlane:
         key_id: str | None = None,
         secret: str | None = None,
         port: int = 0,
+        clock: Literal["real", "virtual"] = "real",
     ) -> None:
+        if clock not in ("real", "virtual"):
+            raise SpecError(f"a clock is real or virtual, not {clock!r}")
+        self._virtual = clock == "virtual"
+        self._clock: VirtualClock | None = None
         self.key_id = key_id or str(uuid.uuid4())
         self.secret = secret or secrets.token_urlsafe(32)
         self._scheduler = Scheduler(options)
@@ -125,6 +138,21 @@ class LocalControlPlane:
         """The compute requirement templates, as ``namespace/name``, the default one first."""
         return [f"{template.namespace}/{template.name}" for template in self._templates]
 
+    @property
+    def control_url(self) -> str:
+        """The base URL of the control port (see :mod:`yellowdog_ray.local.control_port`)."""
+        return self._require_control().url
+
+    @property
+    def control_token(self) -> str:
+        """The token that the control port wants to be shown."""
+        return self._require_control().token
+
+    def _require_control(self) -> ControlPort:
+        if self._thread is None:
+            raise ClusterStateError("this control plane has not been started")
+        return self._control
+
     def start(self) -> LocalControlPlane:
         """Start it; it answers when this returns.
 
@@ -136,24 +164,35 @@ class LocalControlPlane:
         # From here on a client's connection waits in the queue until the thread has come up.
         listener.listen(1024)
         self._port = listener.getsockname()[1]
+        control_listener = bind_loopback(None)
+        control_listener.listen(128)
         self.loop = asyncio.new_event_loop()
-        self.core = ControlPlane(self._scheduler, self.loop, self.key_id, self.secret)
+        timers: Timers = self.loop
+        now = time.time
+        if self._virtual:
+            self._clock = timers = VirtualClock(self.loop, time.time())
+            now = timers.time
+        self.core = ControlPlane(self._scheduler, self.loop, self.key_id, self.secret, now, timers)
+        machines = FaultyMachines(self.core, self.core.on_event)
         boot_delay, start_delay, stop_delay = self._delays
         self.backend = SimulatedBackend(
-            self.loop,
-            self.core.on_event,
+            timers,
+            machines.on_event,
             boot_delay=boot_delay,
             start_delay=start_delay,
             stop_delay=stop_delay,
             fail_boot=self._fail_boot,
         )
-        self.core.backend = self.backend
+        machines.machines = self.backend
+        self.core.backend = machines
         app = create_app(self.core)
         app.add_route("/_books", handler(self.core, self._books), methods=["GET"])
         app.add_route("/_faults", handler(self.core, self._install), methods=["POST"])
         app.add_route("/_faults", handler(self.core, self._clear), methods=["DELETE"])
-        self.faults = Faults(app, self.core.closing)
+        self.faults = PlatformFaults(app, self.core, self.loop, machines)
         self.faults.latency = self._latency
+        self._control = ControlPort(control_listener)
+        self._control.prepare(self.core, self.faults, self._advance if self._virtual else None)
         config = uvicorn.Config(
             self.faults,
             log_config=None,
@@ -167,19 +206,22 @@ class LocalControlPlane:
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
-            target=self._run, args=(listener,), name="raydog-control-plane", daemon=True
+            target=self._run, args=(listener, control_listener), name="raydog-control-plane", daemon=True
         )
         self._thread.start()
         return self
 
-    def _run(self, listener: socket.socket) -> None:
+    def _run(self, listener: socket.socket, control_listener: socket.socket) -> None:
         asyncio.set_event_loop(self.loop)
-        with listener:
+        with listener, control_listener:
             try:
-                self.loop.run_until_complete(self._server.serve([listener]))
+                self.loop.run_until_complete(self._serve(listener))
                 self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             finally:
                 self.loop.close()
+
+    async def _serve(self, listener: socket.socket) -> None:
+        await asyncio.gather(self._server.serve([listener]), self._control.serve())
 
     def close(self) -> None:
         """End it; a second call does nothing."""
@@ -190,6 +232,7 @@ class LocalControlPlane:
             self.core.close()
             self.backend.close()
             self._server.should_exit = True
+            self._control.stop()
 
         self.loop.call_soon_threadsafe(begin)
         self._thread.join(_CLOSE_SECONDS)
@@ -212,56 +255,58 @@ class LocalControlPlane:
 
         :raises ClusterStateError: when the platform is not running.
         """
+        return self._call(_CALL_SECONDS, function, *args)
+
+    def _call(self, patience: float | None, function: Callable[..., T], *args: Any) -> T:
         if self._thread is None or not self._thread.is_alive():
             raise ClusterStateError("this control plane is not running")
 
         async def run() -> T:
             return function(*args)
 
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(_CALL_SECONDS)
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(patience)
+
+    def advance(self, seconds: float) -> float:
+        """Move a virtual clock on; all that becomes due has been done when this returns, in order.
+
+        :param seconds: by how much, 0 or more.
+        :returns: what the clock then shows, in seconds since 1970.
+        :raises ClusterStateError: when the clock is not virtual, or the platform is not running.
+        :raises SpecError: when time would go backwards.
+        """
+        # However much it is that happens in that time.
+        return self._call(None, self._advance, seconds)
+
+    def _advance(self, seconds: float) -> float:
+        if self._clock is None:
+            raise ClusterStateError("this control plane's clock runs by itself: make it with clock='virtual'")
+        return self._clock.advance(seconds)
 
     def running(self) -> list[str]:
         """List what has not ended: ``work``, ``pool`` and ``compute``, each with ``namespace/name``.
 
         A compute requirement has ended when its last machine has; a worker pool, when it is shut down.
         """
-        return self.call(self._running)
+        return self.call(running, self._scheduler)
 
-    def _running(self) -> list[str]:
-        scheduler = self._scheduler
-        return [
-            *(f"work {one.namespace}/{one.name}" for one in scheduler.works.values() if not one.finished),
-            *(f"pool {one.namespace}/{one.name}" for one in scheduler.pools.values() if not one.finished),
-            *(
-                f"compute {one.usage.namespace}/{one.usage.name}"
-                for one in scheduler.requirements.values()
-                if one.status != "TERMINATED"
-            ),
-        ]
-
-    # What another process may ask; YellowDog itself has none of these.
+    # What another process may ask with the application key; the control port has more. YellowDog has neither.
 
     async def _books(self, call: Call) -> Any:
         return {
-            "running": self._running(),
-            "seen": len(self.faults.seen),
+            "running": running(self._scheduler),
+            "seen": self.faults.requests,
             "hits": [fault.hits for fault in self.faults.faults],
         }
 
     async def _install(self, call: Call) -> Any:
         try:
-            faults = [_read_fault(fields) for fields in await call.body()]
+            faults = [read_fault(fields) for fields in await call.body()]
         except (TypeError, ValueError, AttributeError, SpecError) as problem:
             raise RefusedError.invalid(f"The body must be a list of faults: {problem}") from None
         self.faults.faults = [*self.faults.faults, *faults]
 
     async def _clear(self, call: Call) -> Any:
         self.faults.clear()
-
-
-def _read_fault(fields: dict[str, Any]) -> Fault:
-    body = fields.get("body")
-    return Fault(**({**fields, "body": body.encode()} if body is not None else fields))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -280,6 +325,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(
             f"--{name}", type=float, default=default, metavar="S", help=f"seconds {text} (%(default)s)"
         )
+    parser.add_argument(
+        "--clock",
+        choices=("real", "virtual"),
+        default="real",
+        help="what time goes by: virtual stands still but for the control port's /clock (%(default)s)",
+    )
     parser.add_argument("--key-id", help="the id of the application key that it accepts (a new one)")
     parser.add_argument("--secret", help="the secret of that key (a new one)")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
@@ -290,6 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "secret": platform.secret,
             "namespace": platform.namespace,
             "template": platform.template_names[0],
+            "control_url": platform.control_url,
+            "control_token": platform.control_token,
         }
         print(json.dumps(about), flush=True)
         try:

@@ -8,6 +8,7 @@ import hmac
 import time
 from collections.abc import Callable
 
+from yellowdog_ray.local.clock import Timer, Timers
 from yellowdog_ray.local.events import Event, NodeBackend
 from yellowdog_ray.local.scheduler import Scheduler
 
@@ -21,8 +22,8 @@ class ControlPlane:
 
     :param key_id: the application key that clients must show.
     :param secret: its secret.
-    :param now: the clock, in seconds since 1970. With one that does not run by itself, call
-        :meth:`changed` after moving it.
+    :param now: the clock, in seconds since 1970.
+    :param timers: what calls the scheduler when its time has come, by the same clock; None for the loop.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ControlPlane:
         key_id: str,
         secret: str,
         now: Callable[[], float] = time.time,
+        timers: Timers | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.now = now
@@ -39,9 +41,10 @@ class ControlPlane:
         self.backend: NodeBackend | None = None
         #: Called after each change, where somebody keeps a history.
         self.saver: Callable[[], None] | None = None
+        self.timers: Timers = timers or loop
         self._loop = loop
         self._key = f"{key_id}:{secret}".encode()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
         self._draining = False
 
     def check_key(self, key_id: str, secret: str) -> bool:
@@ -80,7 +83,7 @@ class ControlPlane:
         if deadline is not None:
             # A timer of the loop cannot be set for months ahead; waking up early does no harm.
             delay = min(max(0.0, deadline - self.now()), 3600.0)
-            self._timer = self._loop.call_later(delay, self._tick)
+            self._timer = self.timers.call_later(delay, self._tick)
 
     def _tick(self) -> None:
         self._timer = None

@@ -162,13 +162,16 @@ class Node:
     claimed: int = 0
     busy: int = 0
     draining: bool = False
+    #: Whether it takes no more tasks because its machine will go, which nobody has asked for.
+    cordoned: bool = False
     idle_since: float | None = None
     idle_armed: bool = False
 
     @property
     def usable(self) -> bool:
         """Whether it may be given tasks."""
-        return self.status == "RUNNING" and not self.draining and not self.pool.finished
+        waits = self.draining or self.cordoned
+        return self.status == "RUNNING" and not waits and not self.pool.finished
 
 
 @dataclass(eq=False)

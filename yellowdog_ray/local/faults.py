@@ -8,15 +8,73 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yellowdog_ray.errors import SpecError
 
-__all__ = ["Fault", "Faults"]
+__all__ = ["Chosen", "Fault", "Faults", "check_chosen", "number", "takes"]
+
+_SEEN = 100_000
+
+
+class Chosen(Protocol):
+    """How a fault chooses among the things that it could happen to; see :class:`Fault`."""
+
+    count: int | None
+    skip: int
+    after: float
+    for_: float | None
+    hits: int
+    since: float | None
+
+
+def number(name: str, value: Any, low: float = 0) -> None:
+    """Refuse what is no number, or one that is too low.
+
+    :raises SpecError: naming what it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
+        raise SpecError(f"{name} must be a number from {low:g} on, not {value!r}")
+
+
+def check_chosen(fault: Chosen) -> None:
+    """Refuse a choice that is none.
+
+    :raises SpecError: naming the field.
+    """
+    for name, value in (("count", fault.count), ("skip", fault.skip)):
+        if value is not None:
+            number(name, value)
+            if value != int(value):
+                raise SpecError(f"{name} must be a whole number, not {value!r}")
+    number("after", fault.after)
+    if fault.for_ is not None:
+        number("for_", fault.for_)
+
+
+def takes(fault: Chosen, now: float) -> bool:
+    """Say whether something that a fault is for is one that it happens to, and count it.
+
+    :param now: the time on the clock that ``since`` is read from.
+    """
+    if fault.since is None:
+        fault.since = now
+    passed = now - fault.since
+    over = fault.for_ is not None and passed >= fault.after + fault.for_
+    if fault.count == 0 or over or passed < fault.after:
+        return False
+    if fault.skip > 0:
+        fault.skip -= 1
+        return False
+    if fault.count is not None:
+        fault.count -= 1
+    fault.hits += 1
+    return True
 
 
 @dataclass
@@ -40,6 +98,9 @@ class Fault:
     :param seconds: for ``"hang"``, how long the request is held. It is held less long where the client
         goes away or the platform closes.
     :param delay: seconds by which the answer, or the end of the connection, comes late.
+    :param after: seconds from when the platform is given the fault until it begins to happen. What comes
+        before is not counted.
+    :param for_: seconds for which it happens then; None for as long as it is there.
     :raises SpecError: when it is no such fault.
     """
 
@@ -53,9 +114,15 @@ class Fault:
     carried_out: bool = False
     seconds: float = 5.0
     delay: float = 0.0
+    after: float = 0.0
+    for_: float | None = None
     hits: int = field(default=0, init=False)
+    since: float | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_chosen(self)
+        number("seconds", self.seconds)
+        number("delay", self.delay)
         known = self.what in ("before", "after", "hang")
         if not known and not (isinstance(self.what, int) and 200 <= self.what <= 599):
             raise SpecError(f"what of a fault is a status, 'before', 'after' or 'hang', not {self.what!r}")
@@ -64,17 +131,14 @@ class Fault:
         except re.error as problem:
             raise SpecError(f"path of a fault is a regular expression: {problem}") from None
 
-    def takes(self, method: str, path: str) -> bool:
-        """Say whether this request is one to go wrong, and count it."""
-        if self.count == 0 or self.method not in ("*", method) or not re.search(self.path, path):
+    def takes(self, method: str, path: str, now: float | None = None) -> bool:
+        """Say whether this request is one to go wrong, and count it.
+
+        :param now: the time in seconds, on any clock that is always the same one; None for the machine's.
+        """
+        if self.method not in ("*", method) or not re.search(self.path, path):
             return False
-        if self.skip > 0:
-            self.skip -= 1
-            return False
-        if self.count is not None:
-            self.count -= 1
-        self.hits += 1
-        return True
+        return takes(self, time.monotonic() if now is None else now)
 
 
 class Faults:
@@ -85,17 +149,38 @@ class Faults:
     ``/_`` are no part of the API, and pass.
 
     :param closing: set when the platform closes: what is held is then held no longer.
+    :param clock: what the times of faults are counted on, in seconds; what is held or comes late is so by
+        the machine's clock, whatever this one shows.
     """
 
-    def __init__(self, app: ASGIApp, closing: asyncio.Event | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        closing: asyncio.Event | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.app = app
+        self._clock = clock
+        self._faults: list[Fault] = []
         #: Seconds by which every request is delayed.
         self.latency = 0.0
-        #: What is to go wrong.
-        self.faults: list[Fault] = []
-        #: What has come in, as (method, path).
+        #: What has come in, as (method, path): the latest, at least a hundred thousand of them.
         self.seen: list[tuple[str, str]] = []
+        #: How many requests have come in.
+        self.requests = 0
         self._closing = closing or asyncio.Event()
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What is to go wrong with requests."""
+        return self._faults
+
+    @faults.setter
+    def faults(self, faults: Iterable[Fault]) -> None:
+        older, self._faults = self._faults, list(faults)
+        for fault in self._faults:
+            if not any(fault is other for other in older):
+                fault.since = self._clock()
 
     def clear(self) -> None:
         """Let nothing more go wrong; what is being held stays held."""
@@ -108,8 +193,12 @@ class Faults:
             await self.app(scope, receive, send)
             return
         method, path = scope["method"], scope["path"]
+        self.requests += 1
         self.seen.append((method, path))
-        fault = next((one for one in list(self.faults) if one.takes(method, path)), None)
+        if len(self.seen) >= 2 * _SEEN:
+            del self.seen[:_SEEN]
+        now = self._clock()
+        fault = next((one for one in list(self.faults) if one.takes(method, path, now)), None)
         if self.latency:
             await asyncio.sleep(self.latency)
         if fault is None:

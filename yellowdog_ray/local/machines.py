@@ -128,6 +128,17 @@ class Machines(Fleet):
         self._settle(now)
         return node
 
+    def cordon(self, node: Node, now: float) -> None:
+        """Give a node no more tasks; those that run go on, and so does the node."""
+        if not node.usable:
+            return
+        node.cordoned = True
+        self._forget_free(node)
+        for worker in node.workers:
+            if worker.task is None and worker.group is not None:
+                self._release(worker, now)
+        self._settle(now)
+
     def resize_pool(self, pool_id: str, size: int, now: float) -> Pool:
         """Give a pool another number of nodes: idle ones go first, busy ones end with their tasks."""
         pool = self.pool(pool_id)

@@ -146,6 +146,7 @@ class LocalNodes:
         self._requests: dict[str, StartNode] = {}
         self._started: dict[str, float] = {}
         self._stopping: set[str] = set()
+        self._losing: dict[str, str] = {}
         self._listeners: dict[str, socket.socket] = {}
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -369,6 +370,9 @@ class LocalNodes:
                     "YD_REGION": request.region,
                     "YD_INSTANCE_TYPE": request.instance_type,
                     "YD_INSTANCE_ID": request.instance_id,
+                    # What the default scripts tell Ray. It knows whole CPUs only, and needs some memory.
+                    "RAYDOG_NODE_VCPUS": str(max(1, int(request.vcpus))),
+                    "RAYDOG_NODE_MEMORY": str(max(NODE_MEMORY, int(request.ram * (1 << 30)))),
                     # Known by this, whatever becomes of their parents.
                     NODE_FILES: f"{self._directory}/{node_id}",
                     **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
@@ -383,6 +387,23 @@ class LocalNodes:
             return
         self._stopping.add(self._ids[instance_id])
         self._tell_node(instance_id, {"op": "stop"})
+
+    def lose(self, instance_id: str, reason: str = "preempted") -> None:
+        """Kill a node with all its processes, as a machine that dies without a word."""
+        if instance_id in self._ids:
+            self._losing[self._ids[instance_id]] = reason
+        with contextlib.suppress(Closed):
+            self._tell_node(instance_id, {"op": "lose"})
+
+    def warn(self, instance_id: str) -> None:
+        """Send SIGTERM to every task of a node, because the machine is about to go."""
+        with contextlib.suppress(Closed):
+            self._tell_node(instance_id, {"op": "warn"})
+
+    def kill(self, run_id: str, instance_id: str) -> None:
+        """Send SIGKILL to a task's process."""
+        with contextlib.suppress(Closed):
+            self._tell_node(instance_id, {"op": "kill", "run_id": run_id})
 
     def _tell_node(self, instance_id: str, message: dict[str, Any]) -> None:
         """Send a node a message; one that is gone gets none, and its loss is being told already."""
@@ -464,11 +485,12 @@ class LocalNodes:
             self._on_event(NodeFailed(request.instance_id, message["reason"]))
         elif event == "gone":
             stopping = node_id in self._stopping
+            reason = self._losing.get(node_id, "its processes ended")
             self._forget(node_id)
             if stopping:
                 self._on_event(NodeStopped(request.instance_id))
             else:
-                self._on_event(NodeLost(request.instance_id, "its processes ended"))
+                self._on_event(NodeLost(request.instance_id, reason))
 
     def _forget(self, node_id: str) -> None:
         request = self._requests.pop(node_id, None)
@@ -476,6 +498,7 @@ class LocalNodes:
             del self._ids[request.instance_id]
         self._started.pop(node_id, None)
         self._stopping.discard(node_id)
+        self._losing.pop(node_id, None)
         self._close_listener(node_id)
 
     def _supervisor_gone(self, reason: str) -> None:

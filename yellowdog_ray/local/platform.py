@@ -34,8 +34,10 @@ from yellowdog_ray.local.supervisor import NODE_FILES
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from yellowdog_ray.local.control_port import ControlPort
     from yellowdog_ray.local.daemon import LocalAccount
     from yellowdog_ray.local.events import Event
+    from yellowdog_ray.local.platform_faults import PlatformFaults
     from yellowdog_ray.local.scheduler import Scheduler
     from yellowdog_ray.raydog.reach import SSHAccess
 
@@ -56,12 +58,21 @@ _RAY_PORTS = (6379, 8080, 8265, 10001)
 class NodeTemplate:
     """What a compute requirement template of the local platform says of its nodes.
 
-    :param vcpus: the virtual CPUs that a node shows. They are not enforced.
-    :param ram: its memory in GiB. It is not enforced.
+    The default scripts tell Ray that a node has this size (whole CPUs, and at least what Ray itself needs of
+    memory). Nothing keeps a node's processes from using more.
+
+    :param vcpus: a node's virtual CPUs.
+    :param ram: its memory in GiB.
+    :raises SpecError: when one of them is not positive.
     """
 
     vcpus: float = 1
     ram: float = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("vcpus", self.vcpus), ("ram", self.ram)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
+                raise SpecError(f"{name} of a node must be a positive number, not {value!r}")
 
 
 DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate()}
@@ -220,13 +231,34 @@ class LocalPlatform:
         self._require_running()
         return self._nodes.isolation
 
+    @property
+    def faults(self) -> PlatformFaults:
+        """What can be made to go wrong: calls, machines and tasks."""
+        return self._running_server.faults
+
+    @property
+    def control_url(self) -> str:
+        """The base URL of the control port (see :mod:`yellowdog_ray.local.control_port`)."""
+        return self._running_server.control.url
+
+    @property
+    def control_token(self) -> str:
+        """The token that the control port wants to be shown. It is new with every platform."""
+        return self._running_server.control.token
+
+    @property
+    def _running_server(self) -> _Server:
+        self._require_running()
+        assert self._server is not None  # noqa: S101 - it is what runs
+        return self._server
+
     def describe(self) -> str:
-        """Say in a sentence what the nodes are made of, and why not of something better."""
+        """Say in a sentence what the nodes are made of and held to, and why not something better."""
         self._require_running()
         text = f"nodes are {self._nodes.isolation.sentence()}; SSH server: {self._nodes.ssh_server}"
         if self._nodes.refusals:
             text += f" (not {'; '.join(self._nodes.refusals)})"
-        return text
+        return f"{text}; a node's CPUs and memory are told to Ray, not enforced"
 
     # Life
 
@@ -368,9 +400,14 @@ class _Server:
 
     def __init__(self, platform: LocalPlatform, listener: socket.socket, nodes: LocalNodes) -> None:
         self._platform, self._listener, self._nodes = platform, listener, nodes
-        # The server closes the listener itself, and only its own descriptor of it.
-        self._listener_copy = listener.dup()
+        control = bind_loopback(None)
+        control.listen(128)
+        self._control_listener = control
+        # A server closes its listener itself, and only its own descriptor of it.
+        self._listener_copies = [listener.dup(), control.dup()]
         self.port: int = listener.getsockname()[1]
+        self.faults: PlatformFaults
+        self.control: ControlPort
         self._thread = threading.Thread(target=self._run, name="raydog-local-platform", daemon=True)
         self._started = threading.Event()
         self._failure: BaseException | None = None
@@ -397,15 +434,18 @@ class _Server:
             self._loop.call_soon_threadsafe(self._begin_stop)
         if self._thread.ident is not None:
             self._thread.join(_START_TIMEOUT)
-        # A forked process may hold a copy of the socket: nobody is to wait for an answer there.
-        with contextlib.suppress(OSError), self._listener_copy:
-            self._listener_copy.shutdown(socket.SHUT_RDWR)
+        self._control_listener.close()
+        # A forked process may hold a copy of a socket: nobody is to wait for an answer there.
+        for copy in self._listener_copies:
+            with contextlib.suppress(OSError), copy:
+                copy.shutdown(socket.SHUT_RDWR)
 
     def _begin_stop(self) -> None:
         self._core.close()
         self._uvicorn.should_exit = True
         # A client that keeps its connection open must not keep the platform open.
         self._uvicorn.force_exit = True
+        self.control.stop()
 
     def _queue_event(self, event: Event) -> None:
         self._loop.call_soon(self._core.on_event, event)
@@ -441,13 +481,21 @@ class _Server:
     async def _serve_api(self, app: Starlette) -> None:
         import uvicorn
 
-        self._core.backend = self._nodes
+        from yellowdog_ray.local.control_port import ControlPort
+        from yellowdog_ray.local.platform_faults import FaultyMachines, PlatformFaults
+
         # Events may come while effects are being carried out; each waits for its turn.
-        self._nodes.serve(self._loop, self._queue_event)
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
+        machines = FaultyMachines(self._core, self._queue_event)
+        machines.machines = self._nodes
+        self._core.backend = machines
+        self._nodes.serve(self._loop, machines.on_event)
+        self.faults = PlatformFaults(app, self._core, self._loop, machines)
+        self.control = ControlPort(self._control_listener)
+        control = self.control.prepare(self._core, self.faults)
+        config = uvicorn.Config(self.faults, log_config=None, access_log=False, lifespan="off", ws="none")
         self._uvicorn = uvicorn.Server(config)
-        serving = asyncio.ensure_future(self._uvicorn.serve(sockets=[self._listener]))
-        while not self._uvicorn.started and not serving.done():
+        serving = asyncio.gather(self._uvicorn.serve(sockets=[self._listener]), self.control.serve())
+        while not (self._uvicorn.started and control.started) and not serving.done():
             await asyncio.sleep(0.005)
         self._started.set()
         await serving

@@ -1,11 +1,11 @@
-"""Machines that are only told about: nodes and tasks that live by the loop's clock alone."""
+"""Machines that are only told about: nodes and tasks that live by a clock alone."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from yellowdog_ray.local.clock import Timer, Timers
 from yellowdog_ray.local.events import (
     AbortTask,
     Effect,
@@ -26,9 +26,9 @@ __all__ = ["SimulatedBackend"]
 
 @dataclass
 class _Machine:
-    boot: asyncio.TimerHandle | None
+    boot: Timer | None
     hostname: str
-    tasks: dict[str, asyncio.TimerHandle | None] = field(default_factory=dict)
+    tasks: dict[str, Timer | None] = field(default_factory=dict)
 
 
 class SimulatedBackend:
@@ -38,6 +38,7 @@ class SimulatedBackend:
     ``SIMULATED_SECONDS`` seconds, then ending with ``SIMULATED_EXIT_CODE`` (0 if not given). Either
     variable alone is enough.
 
+    :param timers: the clock that it lives by, such as the event loop.
     :param on_event: gets the events, on the loop.
     :param boot_delay: seconds from a node's start to its registration.
     :param start_delay: seconds from a task's start to its process.
@@ -47,7 +48,7 @@ class SimulatedBackend:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        timers: Timers,
         on_event: Callable[[Event], None],
         *,
         boot_delay: float = 0.02,
@@ -61,7 +62,7 @@ class SimulatedBackend:
         self.fail_boot = fail_boot
         #: Every effect that was asked for, in order.
         self.applied: list[Effect] = []
-        self._loop = loop
+        self._timers = timers
         self._on_event = on_event
         self._machines: dict[str, _Machine] = {}
         self._where: dict[str, str] = {}
@@ -71,16 +72,16 @@ class SimulatedBackend:
         """Begin to carry out an effect."""
         self.applied.append(effect)
         if isinstance(effect, StartNode):
-            timer = self._loop.call_later(self.boot_delay, self._boot, effect)
+            timer = self._timers.call_later(self.boot_delay, self._boot, effect)
             self._machines[effect.instance_id] = _Machine(timer, effect.hostname)
         elif isinstance(effect, StopNode):
             if self._end(effect.instance_id):
-                self._loop.call_later(self.stop_delay, self._on_event, NodeStopped(effect.instance_id))
+                self._timers.call_later(self.stop_delay, self._on_event, NodeStopped(effect.instance_id))
         elif isinstance(effect, StartTask):
             machine = self._machines.get(effect.instance_id)
             if machine is not None:
                 self._where[effect.run_id] = effect.instance_id
-                machine.tasks[effect.run_id] = self._loop.call_later(self.start_delay, self._start, effect)
+                machine.tasks[effect.run_id] = self._timers.call_later(self.start_delay, self._start, effect)
         elif isinstance(effect, AbortTask):
             self._abort(effect)
 
@@ -88,6 +89,17 @@ class SimulatedBackend:
         """Let a machine die without being told to."""
         if self._end(instance_id):
             self._on_event(NodeLost(instance_id, reason))
+
+    def warn(self, instance_id: str) -> None:
+        """Let all tasks of a machine have SIGTERM, and end of it, because the machine is about to go."""
+        machine = self._machines.get(instance_id)
+        for run_id in list(machine.tasks) if machine is not None else ():
+            self._abort(AbortTask(run_id, instance_id))
+
+    def kill(self, run_id: str, instance_id: str) -> None:
+        """Let a task's process be killed."""
+        # 128 + SIGKILL.
+        self.exit(run_id, 137)
 
     def exit(self, run_id: str, exit_code: int, output_tail: str = "") -> None:
         """Let a task's process end."""
@@ -126,7 +138,7 @@ class SimulatedBackend:
         if "SIMULATED_SECONDS" in wish or "SIMULATED_EXIT_CODE" in wish:
             code = int(wish.get("SIMULATED_EXIT_CODE", "0"))
             delay = float(wish.get("SIMULATED_SECONDS", "0"))
-            machine.tasks[task.run_id] = self._loop.call_later(delay, self.exit, task.run_id, code)
+            machine.tasks[task.run_id] = self._timers.call_later(delay, self.exit, task.run_id, code)
         self._on_event(TaskStarted(task.run_id))
 
     def _abort(self, abort: AbortTask) -> None:
@@ -137,7 +149,7 @@ class SimulatedBackend:
         if timer is not None:
             timer.cancel()
         # 128 + SIGTERM.
-        machine.tasks[abort.run_id] = self._loop.call_later(self.stop_delay, self.exit, abort.run_id, 143)
+        machine.tasks[abort.run_id] = self._timers.call_later(self.stop_delay, self.exit, abort.run_id, 143)
 
     def _end(self, instance_id: str) -> bool:
         machine = self._machines.pop(instance_id, None)

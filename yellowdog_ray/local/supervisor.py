@@ -246,6 +246,9 @@ class _Keeper:
                 continue  # It is gone already, and the platform is being told so.
             elif message["op"] == "stop":
                 self._stop(node)
+            elif message["op"] == "lose":
+                # What is left of a plain process's tasks ends when its own end is seen.
+                os.kill(node.pid, signal.SIGKILL)
             else:
                 with contextlib.suppress(Closed):
                     node.channel.send(message)

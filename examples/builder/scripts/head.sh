@@ -4,6 +4,8 @@
 # Reads from its environment:
 #   YD_AGENT_HOME       set by the YellowDog agent; Ray is in its venv
 #   RAYDOG_NODE_IP      the node's private address, the one that the workers are told
+#   RAYDOG_NODE_VCPUS   the CPUs that Ray is to count here, where they are not the machine's own
+#   RAYDOG_NODE_MEMORY  the same for its memory, in bytes; the local platform sets both
 #   OBSERVABILITY_HOST  the observability node's private address, where there is one
 #   RAY_AUTH_MODE, RAY_AUTH_TOKEN   the cluster's token, where it is protected by one
 
@@ -52,7 +54,18 @@ if [ -n "${OBSERVABILITY_HOST:-}" ]; then
     export RAY_GRAFANA_IFRAME_HOST="${RAY_GRAFANA_IFRAME_HOST:-http://localhost:3000}"
 fi
 
-ray start --head --block \
+# These options come first: of one that is given twice, Ray takes the last.
+size=()
+if [ -n "${RAYDOG_NODE_VCPUS:-}" ]; then
+    size+=("--num-cpus=$RAYDOG_NODE_VCPUS")
+fi
+if [ -n "${RAYDOG_NODE_MEMORY:-}" ]; then
+    # The shares that Ray itself gives a machine's memory: three tenths for objects, the rest for tasks.
+    objects=$((RAYDOG_NODE_MEMORY * 3 / 10))
+    size+=("--object-store-memory=$objects" "--memory=$((RAYDOG_NODE_MEMORY - objects))")
+fi
+
+ray start ${size[@]+"${size[@]}"} --head --block \
     --port=6379 \
     --ray-client-server-port=10001 \
     --dashboard-host="$dashboard_host" \

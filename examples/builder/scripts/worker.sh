@@ -5,6 +5,8 @@
 # Reads from its environment:
 #   YD_AGENT_HOME              set by the YellowDog agent; Ray is in its venv
 #   RAY_HEAD_IP                the head's private address (RAY_HEAD_NODE_PRIVATE_IP, its older name, will do)
+#   RAYDOG_NODE_VCPUS          the CPUs that Ray is to count here, where they are not the machine's own
+#   RAYDOG_NODE_MEMORY         the same for its memory, in bytes; the local platform sets both
 #   RAYDOG_HEAD_WAIT_SECONDS   how long to wait for the head to listen; 600 if it is not set
 #   RAYDOG_HEAD_GONE_SECONDS   how long the head may be silent before the node leaves; 60 if it is not set
 #   RAY_AUTH_MODE, RAY_AUTH_TOKEN   the cluster's token, where it is protected by one
@@ -67,7 +69,18 @@ watcher=""
 trap stop_ray EXIT
 trap 'exit 1' USR1
 
-ray start --block \
+# These options come first: of one that is given twice, Ray takes the last.
+size=()
+if [ -n "${RAYDOG_NODE_VCPUS:-}" ]; then
+    size+=("--num-cpus=$RAYDOG_NODE_VCPUS")
+fi
+if [ -n "${RAYDOG_NODE_MEMORY:-}" ]; then
+    # The shares that Ray itself gives a machine's memory: three tenths for objects, the rest for tasks.
+    objects=$((RAYDOG_NODE_MEMORY * 3 / 10))
+    size+=("--object-store-memory=$objects" "--memory=$((RAYDOG_NODE_MEMORY - objects))")
+fi
+
+ray start ${size[@]+"${size[@]}"} --block \
     --address="$head_ip:$head_port" \
     --metrics-export-port=8080 &
 ray=$!

@@ -1,0 +1,277 @@
+"""The control port: a platform's faults, books and clock over HTTP, for other processes and languages.
+
+It is no part of YellowDog's API, so it has a port and a token of its own. It listens on 127.0.0.1 and
+speaks JSON; every request needs the header ``Authorization: Bearer TOKEN``. What is refused is answered with
+a status of 400 or more and ``{"error": "why"}``.
+
+``GET /books``
+    what there is: see :func:`books`.
+``GET /faults``
+    what is to go wrong: ``{"faults": [...], "latency": 0.0}``, each fault with its ``kind`` and ``hits``.
+``POST /faults``
+    lets something go wrong: an object or a list of objects, each with a ``kind``. It is a method of
+    :class:`~yellowdog_ray.local.platform_faults.PlatformFaults`, beside the arguments of that method;
+    or ``http``, beside those of :class:`~yellowdog_ray.local.faults.Fault`, with a text as ``body``; or
+    ``latency``, beside ``seconds``. ``for_`` may be written ``for``. Answers with a list of what came of
+    each. The objects are carried out in order, up to the first that is refused.
+``DELETE /faults``
+    calls :meth:`~yellowdog_ray.local.platform_faults.PlatformFaults.clear`.
+``POST /clock``
+    moves a virtual clock on: ``{"advance": 3600}``. Answers with its ``time``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hmac
+import json
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from yellowdog_ray.errors import ClusterStateError, SpecError
+from yellowdog_ray.local.core import ControlPlane
+from yellowdog_ray.local.faults import Fault, number
+from yellowdog_ray.local.platform_faults import CapacityLimit, PlatformFaults, ProvisionFault
+from yellowdog_ray.local.scheduler import Scheduler
+
+__all__ = ["ControlPort", "books", "read_fault", "running"]
+
+_MAX_BODY = 4 << 20
+_KINDS = (
+    "http",
+    "fail_provision",
+    "delay_provision",
+    "limit_capacity",
+    "lose_node",
+    "preempt_node",
+    "kill_task",
+    "latency",
+)
+
+
+def running(scheduler: Scheduler) -> list[str]:
+    """List what has not ended: ``work``, ``pool`` and ``compute``, each with ``namespace/name``.
+
+    A compute requirement has ended when its last machine has; a worker pool, when it is shut down.
+    """
+    return [
+        *(f"work {one.namespace}/{one.name}" for one in scheduler.works.values() if not one.finished),
+        *(f"pool {one.namespace}/{one.name}" for one in scheduler.pools.values() if not one.finished),
+        *(
+            f"compute {one.usage.namespace}/{one.usage.name}"
+            for one in scheduler.requirements.values()
+            if one.status != "TERMINATED"
+        ),
+    ]
+
+
+def books(core: ControlPlane, faults: PlatformFaults) -> dict[str, Any]:
+    """Return what a platform knows, without what has ended.
+
+    ``time`` is what its clock shows, in seconds since 1970; ``running`` lists works, pools and compute
+    requirements by name, ``pools``, ``instances`` and ``tasks`` tell more of each; ``requests`` is the
+    number of calls of its API that have come in.
+    """
+    scheduler = core.scheduler
+    return {
+        "time": core.now(),
+        "running": running(scheduler),
+        "pools": [
+            {
+                "id": pool.id,
+                "name": pool.name,
+                "namespace": pool.namespace,
+                "status": pool.status,
+                "nodes": pool.node_counts.get("RUNNING", 0),
+                "expected": pool.requirement.alive,
+                "max_nodes": pool.max_nodes,
+                "message": pool.requirement.source_message,
+            }
+            for pool in scheduler.pools.values()
+            if pool.status != "TERMINATED"
+        ],
+        "instances": [
+            {
+                "id": instance.id,
+                "hostname": instance.hostname,
+                "status": instance.status,
+                "requirement": requirement.usage.name,
+                "namespace": requirement.usage.namespace,
+                "node": instance.node.id if instance.node is not None else None,
+                "private_ip": instance.private_ip,
+                "public_ip": instance.public_ip,
+            }
+            for requirement in scheduler.requirements.values()
+            if requirement.status != "TERMINATED"
+            for instance in requirement.instances.values()
+            if instance.status != "TERMINATED"
+        ],
+        "tasks": [
+            {
+                "id": task.id,
+                "name": task.spec.name,
+                "work": group.work.name,
+                "group": group.spec.name,
+                "status": task.status,
+                "node": task.node_id,
+                "attempts": task.attempts,
+            }
+            for group in scheduler.groups.values()
+            if not group.terminated
+            for task in group.tasks
+            if task.status in ("PENDING", "READY", "ALLOCATED", "EXECUTING")
+        ],
+        "requests": faults.requests,
+    }
+
+
+def read_fault(fields: dict[str, Any]) -> Fault:
+    """Make a fault of requests out of JSON, in which ``body`` is text."""
+    body = fields.get("body")
+    return Fault(**({**fields, "body": body.encode()} if body is not None else fields))
+
+
+class ControlPort:
+    """The control port of a platform.
+
+    :param listener: the socket that it is served on.
+    """
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        #: The base URL.
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        #: What every request has to show.
+        self.token = secrets.token_urlsafe(32)
+
+    def prepare(
+        self,
+        core: ControlPlane,
+        faults: PlatformFaults,
+        advance: Callable[[float], float] | None = None,
+    ) -> uvicorn.Server:
+        """Return the server, to be served on the platform's loop with :meth:`serve`.
+
+        :param advance: moves the platform's clock on; None where it runs by itself.
+        """
+        self._core, self._faults, self._advance = core, faults, advance
+        routes = [
+            Route("/books", self._endpoint(self._books), methods=["GET"]),
+            Route("/faults", self._endpoint(self._list), methods=["GET"]),
+            Route("/faults", self._endpoint(self._add), methods=["POST"]),
+            Route("/faults", self._endpoint(self._clear), methods=["DELETE"]),
+            Route("/clock", self._endpoint(self._clock), methods=["POST"]),
+        ]
+        config = uvicorn.Config(
+            Starlette(routes=routes),
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            lifespan="off",
+            loop="none",
+            ws="none",
+            timeout_graceful_shutdown=1,
+        )
+        self._server = uvicorn.Server(config)
+        return self._server
+
+    async def serve(self) -> None:
+        """Serve until :meth:`stop`."""
+        await self._server.serve([self._listener])
+
+    def stop(self) -> None:
+        """End the server, on its loop."""
+        self._server.should_exit = True
+
+    def _endpoint(
+        self, action: Callable[[Any], Awaitable[Any]]
+    ) -> Callable[[Request], Awaitable[JSONResponse]]:
+        async def endpoint(request: Request) -> JSONResponse:
+            scheme, _, token = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self.token.encode()):
+                return JSONResponse(
+                    {"error": "the header Authorization: Bearer TOKEN is missing or wrong"}, 401
+                )
+            try:
+                return JSONResponse(await action(await _body(request)))
+            except ClientDisconnect:
+                return JSONResponse({"error": "the client has gone"}, 400)
+            except ClusterStateError as problem:
+                return JSONResponse({"error": str(problem)}, 409)
+            except (SpecError, TypeError, ValueError, AttributeError) as problem:
+                return JSONResponse({"error": str(problem)}, 400)
+
+        return endpoint
+
+    async def _books(self, body: Any) -> Any:
+        return books(self._core, self._faults)
+
+    async def _list(self, body: Any) -> Any:
+        faults: list[Fault | ProvisionFault | CapacityLimit] = [*self._faults.faults]
+        faults += [*self._faults.provision, *self._faults.limits]
+        return {"faults": [_written(fault) for fault in faults], "latency": self._faults.latency}
+
+    async def _clear(self, body: Any) -> Any:
+        self._faults.clear()
+        return {}
+
+    async def _clock(self, body: Any) -> Any:
+        if self._advance is None:
+            raise ClusterStateError("this platform's clock runs by itself")
+        seconds = body.get("advance")
+        number("advance", seconds)
+        return {"time": self._advance(seconds)}
+
+    async def _add(self, body: Any) -> Any:
+        return [self._one(fields) for fields in (body if isinstance(body, list) else [body])]
+
+    def _one(self, wish: Any) -> Any:
+        if not isinstance(wish, dict) or wish.get("kind") not in _KINDS:
+            raise SpecError(f"a fault is an object with a kind, which is one of {', '.join(_KINDS)}")
+        fields = {"for_" if name == "for" else name: value for name, value in wish.items() if name != "kind"}
+        kind = wish["kind"]
+        if kind == "latency":
+            seconds = fields.pop("seconds", None)
+            number("seconds", seconds)
+            if fields:
+                raise SpecError(f"latency has no {', '.join(sorted(fields))}")
+            self._faults.latency = seconds
+            return {}
+        if kind == "http":
+            return _written(self._faults.http(read_fault(fields)))
+        result = getattr(self._faults, kind)(**fields)
+        if kind == "kill_task":
+            return {"tasks": result}
+        if kind in ("lose_node", "preempt_node"):
+            return {"instances": result}
+        return _written(result) if result is not None else {}
+
+
+async def _body(request: Request) -> Any:
+    whole = bytearray()
+    async for chunk in request.stream():
+        whole += chunk
+        if len(whole) > _MAX_BODY:
+            raise SpecError(f"a request has at most {_MAX_BODY} bytes")
+    return json.loads(whole) if whole.strip() else None
+
+
+def _written(fault: Fault | ProvisionFault | CapacityLimit) -> dict[str, Any]:
+    fields = dataclasses.asdict(fault)
+    fields.pop("since", None)
+    if "for_" in fields:
+        fields["for"] = fields.pop("for_")
+    if isinstance(fault, Fault):
+        fields["body"] = fault.body.decode(errors="replace")
+        return {**fields, "kind": "http"}
+    if isinstance(fault, CapacityLimit):
+        return {**fields, "kind": "limit_capacity"}
+    return {**fields, "kind": f"{fault.kind}_provision"}
