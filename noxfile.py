@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import nox
 
 nox.options.sessions = ["tests", "lint", "types", "docs"]
@@ -18,9 +20,15 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests, with real Ray nodes; arguments go to pytest."""
+    """Run all tests, with real Ray nodes; arguments go to pytest, which is run once then."""
     session.install("-e", ".[test]")
-    session.run("pytest", *session.posargs)
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+        return
+    # Without nodes a test mostly waits, so that several go at a time; real nodes need the machine for themselves.
+    at_once = str(2 * (os.cpu_count() or 1))
+    session.run("pytest", "-n", at_once, "tests/unit", "tests/conformance")
+    session.run("pytest", "tests/integration")
 
 
 @nox.session(python=PYTHONS)
