@@ -23,7 +23,15 @@ def kinds() -> list[Isolation]:
     return [best, Isolation.PROCESSES]
 
 
-@pytest.fixture(scope="session", params=kinds(), ids=lambda kind: kind.value)
+def kinds_with_ray() -> list[Isolation]:
+    """The kinds of node that whole clusters are tested on.
+
+    Plain processes are for users without privileges, and are tested as one: see .ci/run.
+    """
+    return kinds()[:1] if os.geteuid() == 0 else kinds()
+
+
+@pytest.fixture(scope="session", params=kinds_with_ray(), ids=lambda kind: kind.value)
 def platform(request: pytest.FixtureRequest) -> Iterator[LocalPlatform]:
     """A local platform of each kind that this user can have."""
     with LocalPlatform(isolation=request.param) as platform:
