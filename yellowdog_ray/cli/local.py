@@ -62,6 +62,7 @@ def _start(home: Home, options: argparse.Namespace, output: Output) -> int:
             f"the local platform {home.name!r} runs at {account.url} after {time.monotonic() - began:.1f} s; "
             f"{account.description}"
         )
+        output.complain(f"its web page, by a link that works once: {account.web_url}")
     _write_account(account, output)
     return DONE
 
@@ -89,6 +90,7 @@ def _status(home: Home, options: argparse.Namespace, output: Output) -> int:
         f"  {account.description}",
         *(f"  {what.replace('_', ' ')}: {_counted(statuses)}" for what, statuses in counts.items()),
         f"  files: {home.directory}",
+        f"  web page: {account.web_url} (works once, and for ten minutes)",
     ]
     output.say("\n".join(lines))
     return DONE
@@ -129,4 +131,5 @@ def _about(account: LocalAccount, exports: bool) -> dict[str, Any]:
         "isolation": account.isolation,
         "description": account.description,
     }
-    return {**about, "exports": account.variables} if exports else about
+    # A link opens the page to whoever reads this.
+    return {**about, "exports": account.variables, "web_url": account.web_url} if exports else about
