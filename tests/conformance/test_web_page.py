@@ -199,7 +199,7 @@ def test_what_there_is_can_be_walked_through(world: World, reader: Any) -> None:
     text = body(reader)
     assert reader.find_element("tag name", "h1").text == "render"
     assert "prepare COMPLETED 1 1 COMPLETED" in text
-    assert "PROCESS_NON_ZERO_EXIT: Task process exited with non-zero exit code 3" in text
+    assert f"PROCESS_NON_ZERO_EXIT: Task process exited with non-zero exit code 3: {HOSTILE}" in text
     reader.find_element("link text", "frames").click()
     assert "1 EXECUTING, 1 FAILED" in body(reader)
     assert len(rows(reader)) == 2

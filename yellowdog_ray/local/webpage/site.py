@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from urllib.parse import quote, urlencode
 
@@ -17,7 +18,17 @@ from yellowdog_ray.local.entities import (
 )
 from yellowdog_ray.local.webpage.parts import Cell
 
-__all__ = ["LATEST", "NOTHING_FOUND", "NO_POOL", "NO_WORK", "Site", "first_line", "reason", "task_name"]
+__all__ = [
+    "LATEST",
+    "NOTHING_FOUND",
+    "NO_POOL",
+    "NO_WORK",
+    "Site",
+    "in_short",
+    "plain",
+    "reason",
+    "task_name",
+]
 
 LATEST = 15
 """How many rows a table has that shows only what is latest."""
@@ -30,6 +41,9 @@ NO_POOL = (
     "workers."
 )
 NOTHING_FOUND = "Nothing matches. Take the filter back to see all."
+_MAX_LINE = 200
+# Colours and movements of the cursor.
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
 class Site:
@@ -75,10 +89,21 @@ def task_name(task: Task) -> str:
     return task.spec.name or f"task {task.id.rpartition(':')[2]}"
 
 
-def first_line(text: str) -> str:
-    """Return the first line of a text, as much as goes into a table."""
-    line = text.strip().partition("\n")[0]
-    return line if len(line) <= 200 else f"{line[:200]}…"
+def plain(text: str) -> str:
+    """Return what a program has printed without what only a terminal understands."""
+    return _ESCAPES.sub("", text).replace("\r\n", "\n").strip("\n")
+
+
+def in_short(text: str) -> str:
+    """Return a text in a line: the first one of it and, where a program's output follows, its last."""
+    first, _, rest = plain(text).strip().partition("\n")
+    last = rest.rpartition("\n")[2].strip()
+    first = first.removesuffix("; the last lines of its output:")
+    return _cut(f"{_cut(first)}: {_cut(last)}" if last else first)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}…"
 
 
 def reason(task: Task) -> Cell:
@@ -86,4 +111,4 @@ def reason(task: Task) -> Cell:
     if task.status not in ("FAILED", "ABORTED") or not task.errors:
         return Cell("")
     error = task.errors[-1]
-    return Cell(f"{error.error_type}: {first_line(error.error)}")
+    return Cell(f"{error.error_type}: {in_short(error.error)}")

@@ -32,7 +32,7 @@ from yellowdog_ray.local.webpage.parts import (
 from yellowdog_ray.local.webpage.site import (
     LATEST,
     NO_WORK,
-    first_line,
+    in_short,
     reason,
 )
 from yellowdog_ray.local.webpage.views_machines import MachineViews
@@ -138,16 +138,16 @@ class Views(WorkViews, MachineViews):
 def _why(happening: Happening) -> Cell:
     thing, error = happening.thing, happening.error
     if error is not None:
-        return Cell(f"{error.error_type}: {first_line(error.error)}")
+        return Cell(f"{error.error_type}: {in_short(error.error)}")
     if isinstance(thing, Task):
         return reason(thing) if happening.what.isupper() else Cell(f"in {thing.group.work.name}")
     if isinstance(thing, Instance):
-        return Cell(first_line(thing.reason or ""))
+        return Cell(in_short(thing.reason or ""))
     if isinstance(thing, Node):
         gone = happening.what in ("LOST", "TERMINATED")
-        return Cell(first_line(thing.instance.reason or "") if gone else f"in {thing.pool.name}")
+        return Cell(in_short(thing.instance.reason or "") if gone else f"in {thing.pool.name}")
     if isinstance(thing, ComputeRequirement) and happening.what.isupper():
-        return Cell(first_line(thing.source_message or ""))
+        return Cell(in_short(thing.source_message or ""))
     if isinstance(thing, TaskGroup):
         return Cell(f"in {thing.work.name}")
     return Cell("")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -29,6 +28,7 @@ from yellowdog_ray.local.webpage.site import (
     NO_WORK,
     NOTHING_FOUND,
     Site,
+    plain,
     reason,
     task_name,
 )
@@ -36,8 +36,6 @@ from yellowdog_ray.local.webpage.site import (
 __all__ = ["WorkViews"]
 
 _MAX_TEXT = 65_536
-# Colours and movements of the cursor, which mean something to a terminal only.
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
 class WorkViews(Site):
@@ -219,7 +217,8 @@ class WorkViews(Site):
             [
                 when(error.time), Cell(error.error_type),
                 Cell("" if error.exit_code is None else str(error.exit_code)),
-                self._link(self._scheduler.nodes.get(error.node_id or "")), Cell(error.error, kind="lines"),
+                self._link(self._scheduler.nodes.get(error.node_id or "")),
+                Cell(plain(error.error), kind="lines"),
             ]
             for error in reversed(task.errors)
         ]  # fmt: skip
@@ -247,10 +246,10 @@ class WorkViews(Site):
             found = self._read_output(task.id, instance.id)
             if found is not None:
                 text = found.decode(errors="replace")
-                return "Output so far", _plain(text) or "It has printed nothing yet."
+                return "Output so far", plain(text) or "It has printed nothing yet."
         tail = self._core.outputs.get(task.run_name)
         if task.worker is None and (tail or (tail is not None and self._read_output is not None)):
-            return "The end of its output", _plain(tail) or "It has printed nothing."
+            return "The end of its output", plain(tail) or "It has printed nothing."
         if task.status in ("PENDING", "READY", "ALLOCATED") or (instance is None and task.started is None):
             return "Output", "It has not started." if task.finished is None else "It never started."
         if self._read_output is None:
@@ -262,10 +261,6 @@ class WorkViews(Site):
             "remembers the end of the latest ones, for as long as it runs; of a task that failed it is among "
             "the errors."
         )
-
-
-def _plain(text: str) -> str:
-    return _ESCAPES.sub("", text).replace("\r\n", "\n").strip("\n")
 
 
 def _needs(run: RunSpec) -> str:
