@@ -328,7 +328,7 @@ def test_in_the_foreground(command: Command) -> None:
     assert account.pid == process.pid
     process.terminate()
     assert process.wait(30) == 0
-    process.communicate()
+    assert f"{account.url}/web/open?ticket=" in process.communicate()[1]
     assert nothing_runs(account)
 
     with socket.socket() as squatter:

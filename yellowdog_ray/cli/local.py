@@ -62,7 +62,6 @@ def _start(home: Home, options: argparse.Namespace, output: Output) -> int:
             f"the local platform {home.name!r} runs at {account.url} after {time.monotonic() - began:.1f} s; "
             f"{account.description}"
         )
-        output.complain(f"its web page, by a link that works once: {account.web_url}")
     _write_account(account, output)
     return DONE
 
@@ -114,6 +113,7 @@ def _stop(home: Home, options: argparse.Namespace, output: Output) -> int:
 
 
 def _write_account(account: LocalAccount, output: Output) -> None:
+    output.complain(f"its web page, by a link that works once, within ten minutes: {account.web_url}")
     if output.as_json:
         output.finish(_about(account, exports=True))
     else:
