@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.browser import launch
 
 # In CI nothing may be left out for want of something that could have been installed.
 _REQUIRE_ALL = bool(os.environ.get("RAYDOG_TESTS_REQUIRE_ALL"))
@@ -19,6 +21,13 @@ def state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "raydog-states"
     monkeypatch.setenv("RAYDOG_STATE_DIR", str(directory))
     return directory
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, by selenium's driver."""
+    with launch() as driver:
+        yield driver
 
 
 @pytest.hookimpl(hookwrapper=True)

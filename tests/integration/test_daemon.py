@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from yellowdog_client import PlatformClient
 from yellowdog_client.model import (
     ApiKey,
@@ -30,6 +31,7 @@ from yellowdog_client.model import (
     WorkRequirementSearch,
 )
 
+from tests.browser import PageReader
 from yellowdog_ray import LocalPlatform, RayDogCluster
 from yellowdog_ray.cli import main
 from yellowdog_ray.errors import LocalPlatformError
@@ -258,6 +260,9 @@ def test_a_stop_is_remembered(command: Command) -> None:
         lab = Lab(account, client)  # type: ignore[arg-type]
         (task_id,) = lab.submit("sleep 1000")
         lab.reached(task_id, TaskStatus.EXECUTING)
+    link, unused = account.web_url, account.web_url
+    reader = PageReader(link)
+    assert "EXECUTING" in reader.text(f"tasks/{task_id}")
     began = time.time()
     command("stop")
     ended = time.time()
@@ -265,6 +270,9 @@ def test_a_stop_is_remembered(command: Command) -> None:
     assert LocalPlatform.connect("other") == other
     assert other.counts() == {"worker_pools": {}, "nodes": {}, "work_requirements": {}}
 
+    told = command("status", "--name", "other")
+    assert "no work requirement yet" in PageReader(told.partition("web page: ")[2].split()[0]).text("work")
+    assert "ticket" not in command("status", "--name", "other", "--json")
     assert "not running" in command("stop")
     command.start()
     with sdk(account) as client:
@@ -272,6 +280,11 @@ def test_a_stop_is_remembered(command: Command) -> None:
     assert (str(task.status), task.errors[-1].error) == ("ABORTED", WAS_STOPPED)
     assert task.finishedTime is not None
     assert began - 1 <= task.finishedTime.timestamp() <= ended
+    # A browser that was let in still is, and sees the same; a link from before is not taken.
+    assert WAS_STOPPED in reader.text(f"tasks/{task_id}")
+    assert "ABORTED" in reader.text("events")
+    for each in (link, unused):
+        assert requests.get(each, timeout=10).status_code == 401
 
 
 def test_a_taken_port_means_a_new_key(command: Command) -> None:
@@ -315,7 +328,7 @@ def test_in_the_foreground(command: Command) -> None:
     assert account.pid == process.pid
     process.terminate()
     assert process.wait(30) == 0
-    process.communicate()
+    assert f"{account.url}/web/open?ticket=" in process.communicate()[1]
     assert nothing_runs(account)
 
     with socket.socket() as squatter:

@@ -28,6 +28,7 @@ from yellowdog_client.model import (
     WorkRequirement,
 )
 
+from tests.browser import PageReader
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
 from yellowdog_ray.local import nodes as nodes_module
@@ -252,13 +253,26 @@ def test_an_abort_is_sigterm(lab: Lab) -> None:
 
 
 def test_two_tasks_run_on_two_nodes(lab: Lab) -> None:
-    """Tasks that run at the same time are on different nodes, which have different addresses."""
-    ids = lab.submit("sleep 2", count=2)
+    """Tasks that run at the same time are on different nodes, with an address each; the page shows them."""
+    ids = lab.submit("echo 'this <is> said'; sleep 2; echo 'and that'", count=2)
     tasks = [lab.reached(task_id, TaskStatus.EXECUTING) for task_id in ids]
     assert {task.nodeId for task in tasks} == {node.id for node in lab.nodes}
     assert len({node.details.privateIpAddress for node in lab.nodes}) == NODES
+    reader = PageReader(lab.platform.web_url)
+    page = until(lambda: _with("Output so far", "this &lt;is&gt; said", reader.text(f"tasks/{ids[0]}")))
+    assert "and that" not in page.partition("Task data")[0]
+    assert lab.nodes[0].details.hostname in reader.text("nodes")
+    version = reader.get(f"tasks/{ids[1]}").headers["ETag"]
     for task_id in ids:
         lab.reached(task_id, TaskStatus.COMPLETED)
+    page = reader.text(f"tasks/{ids[0]}")
+    assert _with("The end of its output", "this &lt;is&gt; said\nand that</pre>", page)
+    assert reader.get(f"tasks/{ids[1]}", **{"If-None-Match": version}).status_code == 200
+
+
+def _with(heading: str, text: str, page: str) -> str | None:
+    """Return a page that has a text below a heading, and before the next."""
+    return page if text in page.partition(f">{heading}</h2>")[2].partition("<h2")[0] else None
 
 
 _OWNER = """

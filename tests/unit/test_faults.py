@@ -265,6 +265,7 @@ def test_in_another_process(how):
             "secret",
             "template",
             "url",
+            "web_url",
         ]
         assert about["key_id"] == "me"
         client = Client(about["url"], about["key_id"], about["secret"])

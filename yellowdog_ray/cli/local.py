@@ -89,6 +89,7 @@ def _status(home: Home, options: argparse.Namespace, output: Output) -> int:
         f"  {account.description}",
         *(f"  {what.replace('_', ' ')}: {_counted(statuses)}" for what, statuses in counts.items()),
         f"  files: {home.directory}",
+        f"  web page: {account.web_url} (works once, and for ten minutes)",
     ]
     output.say("\n".join(lines))
     return DONE
@@ -112,6 +113,7 @@ def _stop(home: Home, options: argparse.Namespace, output: Output) -> int:
 
 
 def _write_account(account: LocalAccount, output: Output) -> None:
+    output.complain(f"its web page, by a link that works once, within ten minutes: {account.web_url}")
     if output.as_json:
         output.finish(_about(account, exports=True))
     else:
@@ -129,4 +131,5 @@ def _about(account: LocalAccount, exports: bool) -> dict[str, Any]:
         "isolation": account.isolation,
         "description": account.description,
     }
-    return {**about, "exports": account.variables} if exports else about
+    # A link opens the page to whoever reads this.
+    return {**about, "exports": account.variables, "web_url": account.web_url} if exports else about

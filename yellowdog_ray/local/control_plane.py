@@ -38,6 +38,8 @@ from yellowdog_ray.local.platform_faults import FaultyMachines, PlatformFaults
 from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions, Template
 from yellowdog_ray.local.simulated import SimulatedBackend
 from yellowdog_ray.local.web import Call, handler
+from yellowdog_ray.local.webpage.access import web_link
+from yellowdog_ray.local.webpage.front import Front
 
 __all__ = ["DEFAULT_TEMPLATE", "LocalControlPlane"]
 
@@ -139,6 +141,11 @@ class LocalControlPlane:
         return [f"{template.namespace}/{template.name}" for template in self._templates]
 
     @property
+    def web_url(self) -> str:
+        """A link to the platform's web page, for a browser: it works once, and within ten minutes."""
+        return web_link(self.url, self.secret)
+
+    @property
     def control_url(self) -> str:
         """The base URL of the control port (see :mod:`yellowdog_ray.local.control_port`)."""
         return self._require_control().url
@@ -194,7 +201,7 @@ class LocalControlPlane:
         self._control = ControlPort(control_listener)
         self._control.prepare(self.core, self.faults, self._advance if self._virtual else None)
         config = uvicorn.Config(
-            self.faults,
+            Front(self.faults, self.core, self.secret),
             log_config=None,
             log_level="critical",
             access_log=False,
@@ -343,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "template": platform.template_names[0],
             "control_url": platform.control_url,
             "control_token": platform.control_token,
+            "web_url": platform.web_url,
         }
         print(json.dumps(about), flush=True)
         try:

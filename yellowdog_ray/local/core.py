@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable
 
 from yellowdog_ray.local.clock import Timer, Timers
-from yellowdog_ray.local.events import Event, NodeBackend
+from yellowdog_ray.local.events import Event, NodeBackend, TaskExited
 from yellowdog_ray.local.scheduler import Scheduler
 
 __all__ = ["ControlPlane"]
+
+# Of how many tasks the end of the output is kept; each has at most 4,000 bytes.
+_OUTPUTS = 500
 
 
 class ControlPlane:
@@ -42,6 +45,8 @@ class ControlPlane:
         #: Called after each change, where somebody keeps a history.
         self.saver: Callable[[], None] | None = None
         self.timers: Timers = timers or loop
+        #: What the latest attempts of tasks printed last, by the attempts' names.
+        self.outputs: dict[str, str] = {}
         self._loop = loop
         self._key = f"{key_id}:{secret}".encode()
         self._timer: Timer | None = None
@@ -53,6 +58,10 @@ class ControlPlane:
 
     def on_event(self, event: Event) -> None:
         """Take in what a machine did."""
+        if isinstance(event, TaskExited):
+            self.outputs[event.run_id] = event.output_tail
+            if len(self.outputs) > _OUTPUTS:
+                del self.outputs[next(iter(self.outputs))]
         self.scheduler.on_event(event, self.now())
         self.changed()
 

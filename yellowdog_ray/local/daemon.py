@@ -37,6 +37,7 @@ from yellowdog_ray.local.linux import processes_with
 from yellowdog_ray.local.platform import Kept, LocalPlatform, bind_loopback, forget_clusters, remove_leftovers
 from yellowdog_ray.local.process_node import import_path
 from yellowdog_ray.local.supervisor import NODE_FILES
+from yellowdog_ray.local.webpage.access import web_link
 
 if TYPE_CHECKING:
     from yellowdog_ray.raydog.reach import SSHAccess
@@ -103,6 +104,11 @@ class LocalAccount:
         return SSHAccess(
             self.ssh_user, self.ssh_private_key_file, port=self.ssh_port, host_key=self.ssh_host_key
         )
+
+    @property
+    def web_url(self) -> str:
+        """A link to the platform's web page, for a browser: it works once, and within ten minutes."""
+        return web_link(self.url, self.secret)
 
     @property
     def variables(self) -> dict[str, str]:

@@ -228,6 +228,11 @@ class Task:
     resubmitted_from: str | None = None
 
     @property
+    def run_name(self) -> str:
+        """The name of its latest attempt, as the machines know it."""
+        return f"{self.id.replace(':', '_')}-{self.attempts}"
+
+    @property
     def task_type(self) -> str | None:
         """Its own type, else its group's template's, else the only one that its group names."""
         own = self.spec.task_type or self.group.spec.task_type

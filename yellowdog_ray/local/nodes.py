@@ -56,6 +56,7 @@ __all__ = ["NODE_MEMORY", "Isolation", "LocalNodes", "SSHIdentity", "free_memory
 NODE_MEMORY = 450 << 20
 """Bytes of memory that a Ray node needs at the least (measured: about 400 MB with Ray 2.60)."""
 _START_TIMEOUT = 20.0
+_OUTPUT_BYTES = 65_536
 _FIRST_NUMBER, _LAST_NUMBER = 10, 250
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -404,6 +405,14 @@ class LocalNodes:
         """Send SIGKILL to a task's process."""
         with contextlib.suppress(Closed):
             self._tell_node(instance_id, {"op": "kill", "run_id": run_id})
+
+    def task_output(self, task_id: str, instance_id: str) -> bytes | None:
+        """Read the end of what a task has printed that runs on an instance; None where it cannot be had."""
+        node_id = self._ids.get(instance_id)
+        if node_id is None:
+            return None
+        directory = self._directory / node_id / "data" / "workers" / task_id.replace(":", "_")
+        return linux.read_end(directory / "taskoutput.txt", _OUTPUT_BYTES)
 
     def _tell_node(self, instance_id: str, message: dict[str, Any]) -> None:
         """Send a node a message; one that is gone gets none, and its loss is being told already."""

@@ -30,6 +30,7 @@ from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecErro
 from yellowdog_ray.local.linux import processes_with, remove_tree
 from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, SSHIdentity, free_memory
 from yellowdog_ray.local.supervisor import NODE_FILES
+from yellowdog_ray.local.webpage.access import web_link
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -251,6 +252,11 @@ class LocalPlatform:
         self._require_running()
         assert self._server is not None  # noqa: S101 - it is what runs
         return self._server
+
+    @property
+    def web_url(self) -> str:
+        """A link to the platform's web page, for a browser: it works once, and within ten minutes."""
+        return web_link(self.url, self.secret)
 
     def describe(self) -> str:
         """Say in a sentence what the nodes are made of and held to, and why not something better."""
@@ -483,6 +489,7 @@ class _Server:
 
         from yellowdog_ray.local.control_port import ControlPort
         from yellowdog_ray.local.platform_faults import FaultyMachines, PlatformFaults
+        from yellowdog_ray.local.webpage.front import Front
 
         # Events may come while effects are being carried out; each waits for its turn.
         machines = FaultyMachines(self._core, self._queue_event)
@@ -492,7 +499,8 @@ class _Server:
         self.faults = PlatformFaults(app, self._core, self._loop, machines)
         self.control = ControlPort(self._control_listener)
         control = self.control.prepare(self._core, self.faults)
-        config = uvicorn.Config(self.faults, log_config=None, access_log=False, lifespan="off", ws="none")
+        front = Front(self.faults, self._core, self._platform.secret, self._nodes.task_output)
+        config = uvicorn.Config(front, log_config=None, access_log=False, lifespan="off", ws="none")
         self._uvicorn = uvicorn.Server(config)
         serving = asyncio.gather(self._uvicorn.serve(sockets=[self._listener]), self.control.serve())
         while not (self._uvicorn.started and control.started) and not serving.done():
@@ -601,6 +609,7 @@ def bind_loopback(port: int | None) -> socket.socket:
 
 def _require_packages() -> None:
     try:
+        import jinja2  # noqa: F401
         import pyroute2  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401

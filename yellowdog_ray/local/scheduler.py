@@ -201,7 +201,7 @@ class Scheduler(Machines, Work):
         group, spec, node = task.group, task.spec, worker.node
         group.kept.pop(worker.id, None)
         task.attempts += 1
-        run_id = f"{task.id.replace(':', '_')}-{task.attempts}"
+        run_id = task.run_name
         task.run_id, task.worker, worker.task = run_id, worker, task
         task.node_id, task.worker_id, task.allocated = node.id, worker.id, now
         task.timed_out = False
