@@ -9,6 +9,7 @@ from yellowdog_ray.local import wire
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.entities import Task, WorkRequirement
 from yellowdog_ray.local.intake import read_task, read_work
+from yellowdog_ray.local.vocabulary import SORT_TASKS, SORT_WORK, TASK_STATUSES, WORK_STATUSES
 from yellowdog_ray.local.web import Action, Call, stream
 
 __all__ = ["ROUTES"]
@@ -36,7 +37,7 @@ async def _update_work(call: Call) -> Any:
 
 
 async def _works(call: Call) -> Any:
-    named, statuses, healthy = call.named(), call.queries("statuses"), call.flag("isHealthy")
+    named, statuses, healthy = call.named(), call.words("statuses", WORK_STATUSES), call.flag("isHealthy")
     created, changed = call.within("createdTime"), call.within("statusChangedTime")
 
     def wanted(work: WorkRequirement) -> bool:
@@ -48,7 +49,7 @@ async def _works(call: Call) -> Any:
             and (healthy is None or wire.work_summary(work)["healthy"] == healthy)
         )
 
-    return call.slice(call.scheduler.works.values(), wanted, wire.work_summary, bare=True)
+    return call.slice(call.scheduler.works.values(), wanted, wire.work_summary, SORT_WORK, bare=True)
 
 
 async def _work(call: Call) -> Any:
@@ -109,7 +110,7 @@ async def _tasks(call: Call) -> Any:
     scheduler = call.scheduler
     work_id, group_id = call.query("workRequirementId"), call.query("taskGroupId")
     name, tag, prefix = call.query("name"), call.query("tag"), call.query("tagStartsWith")
-    statuses, has_errors = call.queries("statuses"), call.flag("hasErrors")
+    statuses, has_errors = call.words("statuses", TASK_STATUSES), call.flag("hasErrors")
     started, finished = call.within("startedTime"), call.within("finishedTime")
     # No task has data here: see read_task.
     has_data = bool(call.flag("hasInputs")) or bool(call.flag("hasOutputs"))
@@ -134,7 +135,7 @@ async def _tasks(call: Call) -> Any:
             and finished(task.finished)
         )
 
-    return call.slice(tasks, wanted, wire.task_json)
+    return call.slice(tasks, wanted, wire.task_json, SORT_TASKS)
 
 
 ROUTES: Mapping[tuple[str, str], Action] = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import graphlib
+from collections.abc import Callable, Mapping, Sequence
 
 from yellowdog_ray.local.asks import GroupSpec, RefusedError, TaskSpec
 from yellowdog_ray.local.engine import Engine, SchedulerOptions
@@ -437,8 +438,20 @@ def _check_groups(groups: Sequence[GroupSpec]) -> None:
                 raise RefusedError.invalid(
                     f"Task group {spec.name} depends on {name!r}, which is no other group"
                 )
+    _check_order({spec.name: spec.dependencies for spec in groups})
+    for spec in groups:
         for name, _ in spec.run.destinations:
             if name not in names or name == spec.name:
                 raise RefusedError.invalid(
                     f"Task group {spec.name} resubmits to {name!r}, which is no other group"
                 )
+
+
+def _check_order(dependencies: Mapping[str, Sequence[str]]) -> None:
+    """Refuse groups that wait for one another: they would do so for ever."""
+    try:
+        graphlib.TopologicalSorter(dependencies).prepare()
+    except graphlib.CycleError as error:
+        # The error lists each group before the one that waits for it.
+        circle = " -> ".join(reversed(error.args[1]))
+        raise RefusedError.invalid(f"Task groups depend on one another in a circle: {circle}") from None
