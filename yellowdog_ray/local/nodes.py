@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from yellowdog_ray.errors import LocalPlatformError
-from yellowdog_ray.local import linux
+from yellowdog_ray.local import cgroups, linux
 from yellowdog_ray.local.events import (
     AbortTask,
     Effect,
@@ -125,6 +125,7 @@ class LocalNodes:
     :param lock: a descriptor that the supervisor keeps open for as long as it lives.
     :param ssh: the keys of the nodes; None for new ones in the directory.
     :param system_sshd: whether to use the system's SSH server where there is one.
+    :param limits: whether the size of a node is enforced; None for as far as that can be.
     :raises LocalPlatformError: when no kind works, or the kind that was asked for does not.
     """
 
@@ -136,8 +137,10 @@ class LocalNodes:
         lock: int,
         ssh: SSHIdentity | None = None,
         system_sshd: bool = True,
+        limits: bool | None = None,
     ) -> None:
         self._directory, self._lock = directory, lock
+        self.groups = _groups(directory, limits)
         self.ssh = ssh or SSHIdentity(directory)
         self.user, self._group = _user()
         self._on_event: Callable[[Event], None] = lambda event: None
@@ -250,6 +253,7 @@ class LocalNodes:
         deadline = time.monotonic() + 5
         while self._interface and _has_interface(self._interface) and time.monotonic() < deadline:
             time.sleep(0.02)
+        self.groups.remove_left()
         self._claim.close()
 
     def _expect(self, event: str) -> dict[str, Any]:
@@ -276,6 +280,7 @@ class LocalNodes:
         _require_ssh(self._host_address(_FIRST_NUMBER), self._ssh_port)
         self._channel.send({"op": "stop", "id": _node_id(_FIRST_NUMBER)})
         self._expect("gone")
+        self.groups.remove(_node_id(_FIRST_NUMBER))
         self._close_listener(_node_id(_FIRST_NUMBER))
 
     def serve(self, loop: asyncio.AbstractEventLoop, on_event: Callable[[Event], None]) -> None:
@@ -306,6 +311,7 @@ class LocalNodes:
             found.append(f"supervisor {self._supervisor.pid}")
         if self._interface and _has_interface(self._interface):
             found.append(f"network interface {self._interface}")
+        found += [f"control group {path}" for path in self.groups.left()]
         if self._directory.exists():
             found.append(f"directory {self._directory}")
         return found
@@ -346,6 +352,9 @@ class LocalNodes:
         node_id = _node_id(number)
         private_ip = f"{self._prefix}.{number}"
         self._write_node_files(node_id, request, private_ip)
+        # What the default scripts tell Ray. It knows whole CPUs only, and needs some memory.
+        vcpus, memory = max(1, int(request.vcpus)), max(NODE_MEMORY, int(request.ram * (1 << 30)))
+        group = self.groups.make(node_id, memory, request.vcpus)
         fds = []
         if self._kind is Isolation.USER_NAMESPACES:
             # A socket stays in the network namespace that it was made in: this one is reached from this
@@ -360,6 +369,8 @@ class LocalNodes:
                 "hostname": request.hostname,
                 "private_ip": private_ip,
                 "python": sys.executable,
+                "group": asdict(group),
+                "memory": memory,
                 "environment": {
                     "PATH": _PATH,
                     "LANG": "C.UTF-8",
@@ -370,9 +381,8 @@ class LocalNodes:
                     "YD_REGION": request.region,
                     "YD_INSTANCE_TYPE": request.instance_type,
                     "YD_INSTANCE_ID": request.instance_id,
-                    # What the default scripts tell Ray. It knows whole CPUs only, and needs some memory.
-                    "RAYDOG_NODE_VCPUS": str(max(1, int(request.vcpus))),
-                    "RAYDOG_NODE_MEMORY": str(max(NODE_MEMORY, int(request.ram * (1 << 30)))),
+                    "RAYDOG_NODE_VCPUS": str(vcpus),
+                    "RAYDOG_NODE_MEMORY": str(memory),
                     # Known by this, whatever becomes of their parents.
                     NODE_FILES: f"{self._directory}/{node_id}",
                     **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
@@ -463,7 +473,7 @@ class LocalNodes:
         if event == "task_started":
             self._on_event(TaskStarted(message["run_id"]))
         elif event == "task_exited":
-            self._on_event(TaskExited(message["run_id"], message["exit_code"], message["output_tail"]))
+            self._on_event(_exited(message))
         elif event == "task_not_started":
             self._on_event(TaskNotStarted(message["run_id"], message["reason"]))
         elif request is None:
@@ -499,6 +509,7 @@ class LocalNodes:
         self._started.pop(node_id, None)
         self._stopping.discard(node_id)
         self._losing.pop(node_id, None)
+        self.groups.remove(node_id)
         self._close_listener(node_id)
 
     def _supervisor_gone(self, reason: str) -> None:
@@ -599,6 +610,26 @@ def free_memory() -> int:
                     room += int(line.split()[1])
             free = min(free, room)
     return free
+
+
+def _exited(message: dict[str, Any]) -> TaskExited:
+    return TaskExited(
+        message["run_id"], message["exit_code"], message["output_tail"], message.get("reason", "")
+    )
+
+
+def _groups(directory: Path, limits: bool | None) -> cgroups.Groups:
+    """Find out where the nodes' control groups are to be, and write it down.
+
+    :raises LocalPlatformError: when there must be limits, and there can be none.
+    """
+    if limits is False:
+        return cgroups.Groups(directory.name, None, None, None, None, "as was asked for")
+    groups = cgroups.find(directory.name)
+    if limits and groups.reason:
+        raise LocalPlatformError(f"the size of a node cannot be enforced here: {groups.reason}")
+    groups.record(directory)
+    return groups
 
 
 def _task(effect: StartTask) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
+from yellowdog_ray.local.cgroups import remove_all
 from yellowdog_ray.local.linux import processes_with, remove_tree
 from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, SSHIdentity, free_memory
 from yellowdog_ray.local.supervisor import NODE_FILES
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from yellowdog_ray.local.daemon import LocalAccount
     from yellowdog_ray.local.events import Event
     from yellowdog_ray.local.platform_faults import PlatformFaults
-    from yellowdog_ray.local.scheduler import Scheduler
+    from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions
     from yellowdog_ray.raydog.reach import SSHAccess
 
 __all__ = ["DEFAULT_TEMPLATES", "Kept", "LocalPlatform", "NodeTemplate"]
@@ -59,7 +60,7 @@ class NodeTemplate:
     """What a compute requirement template of the local platform says of its nodes.
 
     The default scripts tell Ray that a node has this size (whole CPUs, and at least what Ray itself needs of
-    memory). Nothing keeps a node's processes from using more.
+    memory). Where control groups can be made, a node's processes are held to it.
 
     :param vcpus: a node's virtual CPUs.
     :param ram: its memory in GiB.
@@ -112,6 +113,9 @@ class LocalPlatform:
         use the embedded one.
     :param kept: what it goes on with, for a platform that stays (``raydog local``); None for a new key and
         no history.
+    :param limits: whether a node's processes are held to the CPUs and the memory of its template, by control
+        groups; None for as far as this machine and user allow, True to refuse to start elsewhere.
+    :param options: choices where YellowDog's behaviour is not documented; None for the defaults.
 
     :raises SpecError: when an argument cannot work.
     """
@@ -124,6 +128,8 @@ class LocalPlatform:
         templates: Mapping[str, NodeTemplate] | None = None,
         system_sshd: bool = True,
         kept: Kept | None = None,
+        limits: bool | None = None,
+        options: SchedulerOptions | None = None,
     ) -> None:
         kinds = [kind.value for kind in Isolation]
         if isolation is not None and isolation not in kinds:
@@ -133,6 +139,7 @@ class LocalPlatform:
         self._isolation = Isolation(isolation) if isolation else None
         self._port = port
         self._system_sshd = system_sshd
+        self._limits, self._options = limits, options
         self._templates = dict(DEFAULT_TEMPLATES if templates is None else templates)
         for name in self._templates:
             if name.count("/") != 1:
@@ -258,7 +265,7 @@ class LocalPlatform:
         text = f"nodes are {self._nodes.isolation.sentence()}; SSH server: {self._nodes.ssh_server}"
         if self._nodes.refusals:
             text += f" (not {'; '.join(self._nodes.refusals)})"
-        return f"{text}; a node's CPUs and memory are told to Ray, not enforced"
+        return f"{text}; {self._nodes.groups.sentence()}"
 
     # Life
 
@@ -308,6 +315,7 @@ class LocalPlatform:
             lock=self._lock,
             ssh=SSHIdentity(self._kept.directory) if self._kept else None,
             system_sshd=self._system_sshd,
+            limits=self._limits,
         )
         if self._nodes.isolation is Isolation.PROCESSES:
             _require_ray_ports(self._nodes)
@@ -464,7 +472,7 @@ class _Server:
         from yellowdog_ray.local.history import History
 
         self._loop = asyncio.get_running_loop()
-        scheduler, kept = _scheduler(self._platform._templates), self._platform._kept
+        scheduler, kept = _scheduler(self._platform._templates, self._platform._options), self._platform._kept
         self._core = ControlPlane(scheduler, self._loop, self._platform.key_id, self._platform.secret)
         if kept is None:
             await self._serve_api(create_app(self._core))
@@ -507,10 +515,10 @@ def _close(reference: weakref.ref[LocalPlatform]) -> None:
         platform.close()
 
 
-def _scheduler(templates: Mapping[str, NodeTemplate]) -> Scheduler:
+def _scheduler(templates: Mapping[str, NodeTemplate], options: SchedulerOptions | None) -> Scheduler:
     from yellowdog_ray.local.scheduler import Scheduler, Template
 
-    scheduler = Scheduler()
+    scheduler = Scheduler(options)
     for full_name, template in templates.items():
         namespace, _, name = full_name.partition("/")
         scheduler.add_template(
@@ -538,6 +546,7 @@ def remove_leftovers() -> None:
                 continue
             for pid in processes_with(NODE_FILES, str(directory)):
                 os.kill(pid, signal.SIGKILL)
+            remove_all(directory)
             remove_tree(directory)
 
 
