@@ -72,6 +72,8 @@ class LocalAccount:
     :param ssh_host_key: the public key by which every node is known.
     :param isolation: what its nodes are made of.
     :param description: the same as a sentence.
+    :param control_url: the base URL of its control port (see :mod:`yellowdog_ray.local.control_port`).
+    :param control_token: the token of that port. Both stay the same, as the key does.
     :param pid: its process.
     :param started: when it was started, in seconds since 1970.
     :param directory: where the files of its nodes are.
@@ -90,6 +92,8 @@ class LocalAccount:
     ssh_host_key: str
     isolation: str
     description: str
+    control_url: str
+    control_token: str = field(repr=False)
     pid: int
     started: float
     directory: str
@@ -106,7 +110,7 @@ class LocalAccount:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment variables for a shell: YellowDog's own, and those that RayDog's example reads."""
+        """The environment variables for a shell: YellowDog's own, the example's, and the control port's."""
         return {
             "YD_API_URL": self.url,
             "YD_API_KEY_ID": self.key_id,
@@ -117,6 +121,8 @@ class LocalAccount:
             "RAYDOG_SSH_KEY": self.ssh_private_key_file,
             "RAYDOG_SSH_PORT": str(self.ssh_port),
             "RAYDOG_SSH_HOST_KEY": self.ssh_host_key,
+            "RAYDOG_CONTROL_URL": self.control_url,
+            "RAYDOG_CONTROL_TOKEN": self.control_token,
         }
 
     @property
@@ -364,12 +370,12 @@ def _left(known: dict[str, Any]) -> list[str]:
 def _forget_dead_clusters(known: dict[str, Any]) -> None:
     """Remove the state files of clusters that a killed platform had."""
     # Where something answers there, the files may tell of its clusters.
-    if _is_free(_port(known)):
+    if _is_free(_port(known["url"])):
         forget_clusters(known["url"])
 
 
-def _port(known: dict[str, Any]) -> int:
-    return int(known["url"].rpartition(":")[2])
+def _port(url: str) -> int:
+    return int(url.rpartition(":")[2])
 
 
 def _is_free(port: int) -> bool:
@@ -532,8 +538,10 @@ def serve(home: Home, options: Options, told: Callable[[LocalAccount], None]) ->
         if not locked:
             raise LocalPlatformError(f"the local platform {home.name!r} runs already")
         known = _key(home, options)
-        kept = Kept(known["key_id"], known["secret"], home.directory)
-        platform = LocalPlatform(port=known["port"], isolation=options.isolation, kept=kept)
+        port = known.pop("port")
+        platform = LocalPlatform(
+            port=port, isolation=options.isolation, kept=Kept(**known, directory=home.directory)
+        )
         # A signal that comes while it starts is heeded afterwards.
         with platform.start():
             account = LocalAccount(
@@ -549,6 +557,8 @@ def serve(home: Home, options: Options, told: Callable[[LocalAccount], None]) ->
                 ssh_host_key=platform.ssh_host_key,
                 isolation=platform.isolation.value,
                 description=platform.describe(),
+                control_url=platform.control_url,
+                control_token=platform.control_token,
                 pid=os.getpid(),
                 started=time.time(),
                 directory=platform.directory,
@@ -575,12 +585,12 @@ def _tell(pipe: int) -> None:
 
 
 def _key(home: Home, options: Options) -> dict[str, Any]:
-    """Choose the application key and the port: those from before, where that is possible."""
+    """Choose the application key, the ports and the token: those from before, where that is possible."""
     known = home.read()
     key_id, secret = known.get("key_id"), known.get("secret")
     port = options.port
     if port is None and "url" in known:
-        port = _port(known)
+        port = _port(known["url"])
         if not _is_free(port):
             # Whoever is there now may have been sent the key, by a client that did not know.
             _log.warning(
@@ -589,7 +599,17 @@ def _key(home: Home, options: Options) -> dict[str, Any]:
             port = key_id = None
     if options.new_key or not key_id or not secret:
         key_id, secret = str(uuid.uuid4()), secrets.token_urlsafe(32)
-    return {"key_id": key_id, "secret": secret, "port": port}
+    control_token = None if options.new_key else known.get("control_token")
+    control_port = _port(known["control_url"]) if "control_url" in known else None
+    if control_port in (None, port) or not _is_free(control_port):
+        control_port = control_token = None
+    return {
+        "key_id": key_id,
+        "secret": secret,
+        "port": port,
+        "control_port": control_port,
+        "control_token": control_token,
+    }
 
 
 def set_up_log() -> None:

@@ -35,7 +35,6 @@ from yellowdog_ray.local.supervisor import NODE_FILES
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from yellowdog_ray.local.control_port import ControlPort
     from yellowdog_ray.local.daemon import LocalAccount
     from yellowdog_ray.local.events import Event
     from yellowdog_ray.local.platform_faults import PlatformFaults
@@ -76,7 +75,7 @@ class NodeTemplate:
                 raise SpecError(f"{name} of a node must be a positive number, not {value!r}")
 
 
-DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate()}
+DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate(ram=2)}
 """The templates that a local platform has when it is not told others, by ``namespace/name``."""
 
 
@@ -84,12 +83,18 @@ DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate()}
 class Kept:
     """What a platform goes on with that is not to be new each time.
 
+    :param key_id: the id of its application key.
+    :param secret: the secret of that key.
     :param directory: where its SSH keys and its history are, for this user only; it is there already.
+    :param control_port: the TCP port of its control port; None for a free one.
+    :param control_token: the token of its control port; None for a new one.
     """
 
     key_id: str
     secret: str = field(repr=False)
     directory: Path
+    control_port: int | None = None
+    control_token: str | None = field(default=None, repr=False)
 
 
 class _State(enum.Enum):
@@ -250,7 +255,7 @@ class LocalPlatform:
 
     @property
     def control_token(self) -> str:
-        """The token that the control port wants to be shown. It is new with every platform."""
+        """The token that the control port wants to be shown."""
         return self._running_server.control.token
 
     @property
@@ -407,15 +412,18 @@ class _Server:
     """The thread of a platform: its event loop, HTTP server and control plane."""
 
     def __init__(self, platform: LocalPlatform, listener: socket.socket, nodes: LocalNodes) -> None:
+        from yellowdog_ray.local.control_port import ControlPort
+
         self._platform, self._listener, self._nodes = platform, listener, nodes
-        control = bind_loopback(None)
+        kept = platform._kept
+        control = bind_loopback(kept.control_port if kept else None)
         control.listen(128)
         self._control_listener = control
+        self.control = ControlPort(control, kept.control_token if kept else None)
         # A server closes its listener itself, and only its own descriptor of it.
         self._listener_copies = [listener.dup(), control.dup()]
         self.port: int = listener.getsockname()[1]
         self.faults: PlatformFaults
-        self.control: ControlPort
         self._thread = threading.Thread(target=self._run, name="raydog-local-platform", daemon=True)
         self._started = threading.Event()
         self._failure: BaseException | None = None
@@ -489,7 +497,6 @@ class _Server:
     async def _serve_api(self, app: Starlette) -> None:
         import uvicorn
 
-        from yellowdog_ray.local.control_port import ControlPort
         from yellowdog_ray.local.platform_faults import FaultyMachines, PlatformFaults
 
         # Events may come while effects are being carried out; each waits for its turn.
@@ -498,7 +505,6 @@ class _Server:
         self._core.backend = machines
         self._nodes.serve(self._loop, machines.on_event)
         self.faults = PlatformFaults(app, self._core, self._loop, machines)
-        self.control = ControlPort(self._control_listener)
         control = self.control.prepare(self._core, self.faults)
         config = uvicorn.Config(self.faults, log_config=None, access_log=False, lifespan="off", ws="none")
         self._uvicorn = uvicorn.Server(config)
