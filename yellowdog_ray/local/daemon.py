@@ -34,7 +34,14 @@ from platformdirs import user_state_path
 
 from yellowdog_ray.errors import LocalPlatformError, RayDogError, SpecError
 from yellowdog_ray.local.linux import processes_with
-from yellowdog_ray.local.platform import Kept, LocalPlatform, bind_loopback, forget_clusters, remove_leftovers
+from yellowdog_ray.local.platform import (
+    Kept,
+    LocalPlatform,
+    bind_loopback,
+    forget_clusters,
+    remove_leftovers,
+    require_linux,
+)
 from yellowdog_ray.local.process_node import import_path
 from yellowdog_ray.local.supervisor import NODE_FILES
 
@@ -404,6 +411,7 @@ def start(home: Home, options: Options) -> tuple[LocalAccount, bool]:
     :returns: what a client needs, and whether it was running already.
     :raises LocalPlatformError: when it does not come up.
     """
+    require_linux()
     home.make()
     with home.alone():
         account = home.account(_START_SECONDS)
@@ -528,6 +536,7 @@ def serve(home: Home, options: Options, told: Callable[[LocalAccount], None]) ->
     :param told: is told when it answers.
     :raises LocalPlatformError: when it cannot come up, or cannot go on.
     """
+    require_linux()
     # What a signal handler may do at any moment is to write to a pipe.
     told_to_end, tell = os.pipe()
     os.set_blocking(tell, False)

@@ -1,14 +1,14 @@
 """Nodes on this machine: what each is made of, and the backend that makes them.
 
-Three kinds, the best that the machine allows (see :class:`Isolation`). The work is done by a supervisor
-process (:mod:`yellowdog_ray.local.supervisor`); this side asks it, and turns its answers into events.
+Of three kinds, the best that the machine allows (:mod:`yellowdog_ray.local.isolation`). The work is done
+by a supervisor process (:mod:`yellowdog_ray.local.supervisor`); this side asks it, and turns its answers into
+events.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import json
 import os
 import pwd
@@ -42,6 +42,7 @@ from yellowdog_ray.local.events import (
     TaskNotStarted,
     TaskStarted,
 )
+from yellowdog_ray.local.isolation import Isolation
 from yellowdog_ray.local.process_node import (
     import_path,
     mirror_environment,
@@ -58,25 +59,6 @@ NODE_MEMORY = 450 << 20
 _START_TIMEOUT = 20.0
 _FIRST_NUMBER, _LAST_NUMBER = 10, 250
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-class Isolation(str, enum.Enum):
-    """How far the nodes on this machine are apart from each other and from the user's own processes."""
-
-    NAMESPACES = "namespaces"
-    """As root: network, PID, mount, IPC and host name namespaces; nodes can be reached at their address."""
-    USER_NAMESPACES = "user-namespaces"
-    """The same inside an unprivileged user namespace; nodes are reached by SSH at a loopback address."""
-    PROCESSES = "processes"
-    """Plain processes with loopback addresses of their own, which share this machine's ports and /tmp."""
-
-    def sentence(self) -> str:
-        """Say it to the user."""
-        return {
-            Isolation.NAMESPACES: "network, PID and mount namespaces (root)",
-            Isolation.USER_NAMESPACES: "namespaces inside an unprivileged user namespace",
-            Isolation.PROCESSES: "plain processes with loopback addresses",
-        }[self]
 
 
 class SSHIdentity:
@@ -646,8 +628,6 @@ def _task(effect: StartTask) -> dict[str, Any]:
 
 
 def _candidates() -> list[Isolation]:
-    if sys.platform != "linux":
-        raise LocalPlatformError("the local platform's nodes need Linux")
     below = [Isolation.USER_NAMESPACES, Isolation.PROCESSES]
     return [Isolation.NAMESPACES, *below] if os.geteuid() == 0 else below
 

@@ -15,6 +15,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -111,7 +112,7 @@ class LocalPlatform:
     Python process that started it, however that ends.
 
     :param port: the TCP port of its API on 127.0.0.1; None for a free one.
-    :param isolation: the kind of node (see :class:`~yellowdog_ray.local.nodes.Isolation`, or its value
+    :param isolation: the kind of node (see :class:`~yellowdog_ray.local.isolation.Isolation`, or its value
         as text); None for the best that this machine and user allow.
     :param templates: what its compute requirement templates offer, by ``namespace/name``.
     :param system_sshd: whether nodes use this machine's own sshd where it is installed; otherwise they
@@ -277,11 +278,12 @@ class LocalPlatform:
     def start(self) -> LocalPlatform:
         """Start the platform, after removing what a crashed one left behind.
 
-        :raises LocalPlatformError: when the machine has too little free memory for a node, no free
-            port, or no way to make nodes.
+        :raises LocalPlatformError: when the machine does not run Linux, or has too little free memory for a
+            node, no free port, or no way to make nodes.
         """
         if self._state is not _State.NEW:
             raise ClusterStateError(f"this platform cannot be started: {self._state.value}")
+        require_linux()
         _require_packages()
         if free_memory() < NODE_MEMORY:
             raise LocalPlatformError(
@@ -612,6 +614,19 @@ def bind_loopback(port: int | None) -> socket.socket:
             "choose another port"
         ) from None
     return listener
+
+
+def require_linux() -> None:
+    """Say at once where no node can be made, and what can be done there.
+
+    :raises LocalPlatformError: on any system but Linux.
+    """
+    if sys.platform != "linux":
+        raise LocalPlatformError(
+            f"the local platform's nodes need Linux, and this is {sys.platform}: start it in a Linux "
+            "container or virtual machine (no privileges are needed there). LocalControlPlane, whose nodes "
+            "are simulated, and clusters on YellowDog work here too"
+        )
 
 
 def _require_packages() -> None:
