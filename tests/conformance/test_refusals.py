@@ -12,6 +12,7 @@ from yellowdog_client import model as m
 
 from tests.controlplane import KEY_ID, SECRET, Served, serve
 from yellowdog_ray.local import vocabulary
+from yellowdog_ray.local.scheduler import SchedulerOptions
 
 WORK = "/work/requirements"
 POOL = "/workerPools/provisioned/template"
@@ -106,6 +107,21 @@ def test_what_is_empty_asks_for_nothing(platform: Served) -> None:
     assert answer.status_code == 200, answer.text
     ended = ask(platform, "PUT", f"{WORK}/{answer.json()['id']}/transition/CANCELLING?abort=False")
     assert ended.json()["status"] == "CANCELLED"
+
+
+@pytest.mark.parametrize(("how", "found"), [("part", 1), ("whole", 0)])
+def test_names_in_searches_match_as_chosen(how: Any, found: int) -> None:
+    """A part of a name or tag finds it by default, and does not with the option for it."""
+    with serve(SchedulerOptions(search_names=how)) as platform:
+        made = ask(platform, "POST", WORK, {**work(), "tag": "some-tag"}).json()
+        tasks = f"/work/taskGroups/{made['taskGroups'][0]['id']}/tasks"
+        assert ask(platform, "POST", tasks, [{"name": "only", "tag": "tag"}]).status_code == 200
+        for part, whole in ((f"{WORK}?name=ref", "used"), (f"{WORK}?tag=some", "-tag")):
+            assert len(ask(platform, "GET", part).json()) == found
+            assert len(ask(platform, "GET", part + whole).json()) == 1
+        for part, whole in (("/work/tasks?name=on", "ly"), ("/work/tasks?tag=ta", "g")):
+            assert len(ask(platform, "GET", part).json()["items"]) == found
+            assert len(ask(platform, "GET", part + whole).json()["items"]) == 1
 
 
 def test_the_words_are_those_of_the_sdk() -> None:

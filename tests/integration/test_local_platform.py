@@ -376,8 +376,8 @@ while client.work_client.get_task_by_id(task.id).status != TaskStatus.EXECUTING:
     time.sleep(0.05)
 time.sleep(0.3)
 nodes = platform._nodes
-print(json.dumps([str(nodes._directory), nodes._interface or "-", nodes._supervisor.pid, nodes.groups.left()]))
-sys.stdout.flush()
+made = [str(nodes._directory), nodes._interface or "-", nodes._supervisor.pid, nodes.groups.left()]
+print(json.dumps(made), flush=True)
 time.sleep(1000)
 """
 

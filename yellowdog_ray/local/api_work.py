@@ -123,12 +123,11 @@ async def _tasks(call: Call) -> Any:
         tasks = list(scheduler.tasks.values())
 
     def wanted(task: Task) -> bool:
-        its_tag = task.spec.tag or ""
         return (
             not has_data
-            and (name is None or name in (task.spec.name or ""))
-            and (tag is None or tag in its_tag)
-            and (prefix is None or its_tag.startswith(prefix))
+            and call.matches(name, task.spec.name)
+            and call.matches(tag, task.spec.tag)
+            and (prefix is None or (task.spec.tag or "").startswith(prefix))
             and (not statuses or task.status in statuses)
             and (has_errors is None or bool(task.errors) == has_errors)
             and started(task.started)

@@ -205,18 +205,24 @@ class Call:
             raise RefusedError.invalid(f"{key} must be a number or a time, not {value!r}") from None
         return when.timestamp() + float(f"0.{found[2] or 0}")
 
+    def matches(self, wanted: str | None, has: str | None) -> bool:
+        """Say whether a name or tag is what a search asks for: in part, as the CLI expects; None is any."""
+        if self.scheduler.options.search_names == "whole":
+            return wanted in (None, has)
+        return wanted is None or wanted in (has or "")
+
     def named(self) -> Callable[[str, str | None, str | None], bool]:
         """Return the test by namespace, name and tag that most lists have in common.
 
-        Names and tags match in part, as the CLI expects; namespaces match as a whole.
+        Names and tags match as :meth:`matches` says; namespaces match as a whole.
         """
         namespaces, name, tag = self.queries("namespaces", "namespace"), self.query("name"), self.query("tag")
 
         def test(its_namespace: str, its_name: str | None, its_tag: str | None) -> bool:
             return (
                 (not namespaces or its_namespace in namespaces)
-                and (name is None or name in (its_name or ""))
-                and (tag is None or tag in (its_tag or ""))
+                and self.matches(name, its_name)
+                and self.matches(tag, its_tag)
             )
 
         return test

@@ -118,7 +118,8 @@ class Work(Engine):
     def transition(self, work_id: str, status: str, abort: bool, now: float) -> WorkRequirement:
         """Carry out a client's wish for a work requirement; ``abort`` only matters for CANCELLING."""
         work = self.work(work_id)
-        again = status == work.status == "CANCELLING"
+        # So that an abort can follow.
+        again = status == work.status == "CANCELLING" and self.options.end_again == "accept"
         wished = status in ("HELD", "RUNNING", "FINISHING", "CANCELLING")
         if not again and (not wished or status not in WORK_NEXT.get(work.status, ())):
             raise RefusedError(
