@@ -62,7 +62,6 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("GET", "/compute/instances?statuses=X", None, "statuses"),
     ("GET", f"{WORK}?naem=x", None, "naem is not supported by the local platform on GET /work/requirements"),
     ("GET", "/work/tasks?taskGroupID=x", None, "taskGroupID"),
-    ("GET", "/keyrings?frob=1", None, "frob"),
     ("GET", "/application?frob=1", None, "frob"),
     ("PUT", f"{WORK}/x/transition/CANCELLING?abrot=true", None, "abrot"),
     ("DELETE", "/workerPools/x?force=true", None, "force"),

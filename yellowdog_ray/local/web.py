@@ -143,6 +143,10 @@ class Call:
             raise RefusedError.invalid(f"{key} must be one of {', '.join(sorted(known))}, not {value!r}")
         return values
 
+    def take_any(self) -> None:
+        """Let every parameter pass: there is nothing that a filter could leave out."""
+        self._read_parameters.update(self._request.query_params)
+
     def refuse_unread(self, known: frozenset[str] | None = None) -> None:
         """Refuse parameters that nobody has read: a mistyped filter would find everything.
 
