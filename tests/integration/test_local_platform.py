@@ -239,7 +239,7 @@ def test_a_node_can_do_all_but_what_is_said(lab: Lab, request: pytest.FixtureReq
     if lab.platform._nodes.groups.memory:
         expected.add("seen-limits")
     assert can == expected - lacks
-    # SSH goes to the public one, in the test below. Nothing is sent to an address that may be somebody else's.
+    # SSH goes to the public one, in the test below. The other may be somebody else's: nothing is sent there.
     direct = node.details.privateIpAddress == node.details.publicIpAddress
     assert direct == ("direct-address" not in lacks)
     if system_sshd:
