@@ -352,8 +352,8 @@ _STRANGER = "nobody" if os.geteuid() == 0 else None
 _PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin")
 _ATTEMPT = """
 import json, socket, sys, urllib.error, urllib.request
-url, ssh_address, ssh_port, directory, files = sys.argv[1:]
-def status(path, key=None, method="GET"):
+url, control_url, ssh_address, ssh_port, directory, files = sys.argv[1:]
+def status(path, key=None, method="GET", url=url):
     headers = {"Authorization": key} if key else {}
     request = urllib.request.Request(url + path, headers=headers, method=method)
     try:
@@ -372,6 +372,7 @@ answers = {
               for key in (None, "yd-key a:b", "yd-key :")],
     "post": [status(path, None, "POST")
              for path in ("/work/requirements", "/workerPools/provisioned/template")],
+    "control": [status("/books", key, url=control_url) for key in (None, "Bearer ", "Bearer x", "yd-key :")],
     "files": [opened(directory + "/" + name) for name in files.split()],
 }
 with socket.create_connection((ssh_address, int(ssh_port)), timeout=10) as connection:
@@ -406,12 +407,13 @@ def test_another_user_has_no_way_in(command: Command, tmp_path: Path) -> None:
         with sdk(account) as client:
             lab = Lab(account, client)  # type: ignore[arg-type]
             address = str(lab.nodes[0].details.publicIpAddress)
-        # The only listener of the platform's process is on the loopback interface.
-        assert _listening(account.pid) == {account.url.removeprefix("http://")}
+        # The only listeners of the platform's process are on the loopback interface.
+        urls = (account.url, account.control_url)
+        assert _listening(account.pid) == {url.removeprefix("http://") for url in urls}
         result = subprocess.run(
             [
                 _PYTHON, "-c", _ATTEMPT,
-                account.url, address, str(account.ssh_port), str(directory), " ".join(names),
+                *urls, address, str(account.ssh_port), str(directory), " ".join(names),
             ],
             user=stranger.pw_uid, group=stranger.pw_gid, extra_groups=[], cwd="/", env={}, text=True,
             capture_output=True, timeout=60, check=False,
@@ -420,6 +422,7 @@ def test_another_user_has_no_way_in(command: Command, tmp_path: Path) -> None:
         answers = json.loads(result.stdout)
         assert answers["calls"] == [401] * 12 + [200] * 3
         assert answers["post"] == [401, 401]
+        assert answers["control"] == [401] * 4
         assert set(answers["files"]) == {"PermissionError"}
         assert answers["ssh"] == "SSH-"
         for method in ("password", "keyboard-interactive", "publickey"):
