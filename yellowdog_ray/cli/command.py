@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_list(commands)
     _add_status(commands)
     _add_logs(commands)
+    _add_connect(commands)
     _add_shut_down(commands)
     _add_local(commands)
     _add_demo(commands)
@@ -244,6 +245,20 @@ def _add_logs(commands: _Commands) -> None:
         "--bytes", type=int, default=100_000, metavar="N", help="how much of the end of each (%(default)s)"
     )
     _add_env_file(parser)
+    _add_ssh(parser)
+
+
+def _add_connect(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "connect",
+        "write what another shell needs to use a cluster",
+        "Write the lines by which a shell uses a cluster's Ray, and on the error stream the command that\n"
+        "opens the tunnels to it. The token itself is not in them: its file is. Nothing is asked over the\n"
+        "network.\n\n"
+        '    exports=$(raydog connect STATE) && eval "$exports"',
+    )
+    parser.add_argument("states", nargs=1, metavar="STATE", help="a state file")
     _add_ssh(parser)
 
 

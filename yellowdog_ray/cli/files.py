@@ -25,6 +25,9 @@ __all__ = [
     "StateFile",
     "answer_all",
     "failed",
+    "newest",
+    "newest_with_names",
+    "not_asked",
     "read_files",
 ]
 
@@ -148,3 +151,35 @@ def _attempt(work: Callable[[StateFile], Answer], file: StateFile) -> Answer:
 def failed(problem: str) -> Answer:
     """Say that something went wrong with a file."""
     return Answer({"error": problem}, problem=problem, status=FAILED)
+
+
+def not_asked(file: StateFile) -> Answer:
+    """Say of a file that an interrupt has left it undone."""
+    return Answer({"error": "interrupted"}, problem="it was not asked")
+
+
+def newest(state: ClusterState) -> ClusterState:
+    """Give what the cluster's own state file says, where it is on this machine."""
+    if state.state_file is not None and state.build_id is not None:
+        try:
+            own = ClusterState.load(state.state_file)
+        except (OSError, StateError):
+            return state
+        if own.build_id == state.build_id:
+            return own
+    return state
+
+
+def newest_with_names(file: StateFile) -> ClusterState:
+    """Give the newest state of a cluster that can be looked at.
+
+    :raises StateError: where it was written by the existing package.
+    """
+    assert file.state is not None  # noqa: S101 - for the type checker
+    state = newest(file.state)
+    if state.build_id is None or state.cluster_name is None or state.cluster_namespace is None:
+        raise StateError(
+            "it was written by the existing package, which keeps too little in it to look at the cluster; "
+            "only shut-down is possible"
+        )
+    return state
