@@ -7,29 +7,19 @@ import os
 import shlex
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.clusters import SHORT, attach, hurry, make
-from tests.controlplane import serve
+from tests.clusters import SHORT, attach, make
 from yellowdog_ray.cli import main
 from yellowdog_ray.errors import ClusterStateError, StateError
 from yellowdog_ray.raydog.journal import Journal
 from yellowdog_ray.raydog.state import ClusterState
 from yellowdog_ray.raydog.token_file import read_token, write_token
 
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """Faults are given up on sooner than in the field."""
-    hurry(monkeypatch)
-
-
-@pytest.fixture
-def platform():
-    with serve() as served:
-        yield served
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 @pytest.fixture
@@ -54,7 +44,7 @@ def token_file(path: Path) -> Path:
 
 
 def test_only_the_file_holds_it(cluster, path, tmp_path):
-    """The token is in a file for its owner alone, which every state names by its path, wherever it is saved."""
+    """The token is in a file for its owner alone, which every state names by its path."""
     token = os.environ["RAY_AUTH_TOKEN"]
     file = token_file(path)
     assert read_token(file) == token
@@ -101,7 +91,7 @@ def test_nobody_knows_it(cluster, path, monkeypatch):
 
 
 def test_a_file_that_others_may_read(cluster, path, platform):
-    """A token that others may have read is not used, nor asked for elsewhere; the cluster can still be ended."""
+    """A token that others may have read is not used; the cluster can still be ended."""
     token_file(path).chmod(0o644)
     other = attach(path)
     with pytest.raises(StateError, match="chmod 600"):
@@ -138,14 +128,14 @@ def test_a_file_of_somebody_else_in_its_place(platform, tmp_path):
     assert not (tmp_path / "my.json").exists()
 
 
-def test_no_authentication_no_file(platform, state_directory):
+def test_no_authentication_no_file(platform, state_directory, capsys):
     """A cluster without authentication has no token's file."""
     with make(platform, ray_auth="off") as cluster:
         cluster.build(SHORT)
         (path,) = state_directory.glob("*.json")
         assert ClusterState.load(path).ray_token_file is None
         assert list(state_directory.glob("*.token")) == []
-        assert _evaluate(path)["RAY_AUTH_MODE"] is None
+        assert set(_evaluated(_connect(capsys, path)[1])) == {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
 
 
 # -- raydog connect ------------------------------------------------------------------------------------
@@ -165,27 +155,39 @@ def _connect(capsys, *arguments) -> tuple[int, str, str]:
     return status, printed.out, printed.err
 
 
-def _evaluate(path: Path) -> dict[str, str | None]:
-    """Evaluate what the command writes, as a shell does that has other settings, and return its variables."""
-    show = "import json, os; print(json.dumps({name: os.environ.get(name) for name in %r}))" % (VARIABLES,)
-    script = f'exports=$(python -m yellowdog_ray.cli connect {shlex.quote(str(path))}) && eval "$exports"'
-    other = dict.fromkeys(VARIABLES, "of something else")
-    shown = subprocess.run(
-        ["sh", "-euc", f"{script}\npython -c {shlex.quote(show)}"],
-        env={**os.environ, **other},
+def _shell(script: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a script in a shell that has other settings of Ray."""
+    return subprocess.run(
+        ["sh", "-c", script],
+        env={**os.environ, **dict.fromkeys(VARIABLES, "of something else")},
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=30,
-        check=True,
+        check=False,
     )
-    return json.loads(shown.stdout)
+
+
+SHOW = "\n".join(f'echo "{name}=${{{name}-}}"' for name in VARIABLES)
+
+
+def _evaluated(exports: str) -> dict[str, str]:
+    """Evaluate what the command writes, and return the variables that are not empty then."""
+    shown = _shell(f'exports={shlex.quote(exports)}\neval "$exports"\n{SHOW}')
+    assert (shown.returncode, shown.stderr) == (0, "")
+    return {
+        name: value for name, _, value in (line.partition("=") for line in shown.stdout.splitlines()) if value
+    }
 
 
 def test_what_a_shell_evaluates(cluster, path):
     """The shell has Ray's variables, the token's file among them, and nothing of another cluster."""
-    assert _evaluate(path) == {
+    command = shlex.join([sys.executable, "-m", "yellowdog_ray.cli", "connect", str(path)])
+    shown = _shell(f'exports=$({command}) && eval "$exports" && {{ {SHOW}\n}}')
+    assert shown.returncode == 0, shown.stderr
+    assert dict(line.split("=", 1) for line in shown.stdout.splitlines()) == {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": None,
+        "RAY_AUTH_TOKEN": "",
         "RAY_AUTH_TOKEN_PATH": str(token_file(path)),
         "RAY_ADDRESS": "ray://127.0.0.1:10001",
         "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265",
@@ -225,9 +227,9 @@ EVIL = "$(touch hacked)`touch hacked`';touch hacked;'\ntouch hacked\n\"\x1b]0;x\
         {"head": EVIL},
         {"head": "-oProxyCommand=touch hacked"},
     ],
-    ids=lambda change: "-".join(change),
+    ids="-".join,
 )
-def test_a_hostile_state_runs_nothing(cluster, path, tmp_path, monkeypatch, change):
+def test_a_hostile_state_runs_nothing(cluster, path, tmp_path, capsys, change):
     """Whatever a state file holds, a shell that evaluates the output runs nothing of it."""
     values = json.loads(path.read_text())
     values["state_file"] = None
@@ -239,23 +241,21 @@ def test_a_hostile_state_runs_nothing(cluster, path, tmp_path, monkeypatch, chan
     hostile.write_text(json.dumps(values))
     here = tmp_path / "here"
     here.mkdir()
-    command = f'eval "$(python -m yellowdog_ray.cli connect {shlex.quote(str(hostile))})"; set'
-    done = subprocess.run(
-        ["sh", "-c", command], cwd=here, capture_output=True, text=True, timeout=30, check=False
-    )
+    status, out, err = _connect(capsys, hostile)
+    _shell(f'exports={shlex.quote(out)}\neval "$exports"', here)
     assert list(here.iterdir()) == []
-    assert "\x1b" not in done.stderr
-    assert ("Ray is reached" in done.stderr) is ("cluster_tag" in change), done.stderr
+    assert "\x1b" not in err
+    assert status == (0 if "cluster_tag" in change else 1), err
 
 
-def test_a_token_file_with_an_odd_name(cluster, path, tmp_path):
+def test_a_token_file_with_an_odd_name(cluster, path, tmp_path, capsys):
     """A file whose name a shell would read as something else is named exactly."""
     odd = tmp_path / "it's $(not) `evil`" / 'a"b;c.json.token'
     odd.parent.mkdir()
     write_token(odd, read_token(token_file(path)))
     state = tmp_path / "odd.json"
     state.write_text(ClusterState.load(path).but(ray_token_file=str(odd), state_file=None).to_json())
-    assert _evaluate(state)["RAY_AUTH_TOKEN_PATH"] == str(odd)
+    assert _evaluated(_connect(capsys, state)[1])["RAY_AUTH_TOKEN_PATH"] == str(odd)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_a_file_that_holds_something_else(path: Path, content: str) -> None:
 
 
 def test_what_is_no_file(path: Path) -> None:
-    """A pipe is not waited for; a directory and a name that cannot be one are refused; nothing is its own error."""
+    """A pipe is not waited for; a directory and an impossible name are refused."""
     os.mkfifo(path, 0o600)
     for wrong in (path, path.parent, "with\0zero", "\ud800"):
         with pytest.raises(StateError):

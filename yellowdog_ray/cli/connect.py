@@ -11,7 +11,7 @@ import ipaddress
 import shlex
 from functools import partial
 
-from yellowdog_ray.cli.files import Answer, StateFile, answer_all, newest_with_names, not_asked, read_files
+from yellowdog_ray.cli.files import Answer, StateFile, answer_one, newest_with_names, read_files
 from yellowdog_ray.cli.output import Output
 from yellowdog_ray.cli.running import Interrupts
 from yellowdog_ray.cli.settings import UsageError, read_access
@@ -33,11 +33,10 @@ def connect(options: argparse.Namespace, output: Output, interrupts: Interrupts)
     :raises UsageError: where it is not one cluster that is meant.
     """
     access = read_access(options)
-    work = partial(_connect, access, output)
     files = read_files(options, output)
-    if len(files) > 1:
+    if len(files) != 1:
         raise UsageError("connect needs the state file of one cluster, not a directory of several")
-    return answer_all(files, work, not_asked, output, interrupts)
+    return answer_one(files[0], partial(_connect, access, output), output)
 
 
 def _connect(access: SSHAccess | None, output: Output, file: StateFile) -> Answer:

@@ -24,6 +24,7 @@ __all__ = [
     "Answer",
     "StateFile",
     "answer_all",
+    "answer_one",
     "failed",
     "newest",
     "newest_with_names",
@@ -110,29 +111,41 @@ def answer_all(
 
     answers: dict[Path, Answer] = {}
 
-    def write(file: StateFile, answer: Answer) -> None:
-        if answer.text is not None:
-            output.say(answer.text)
-        if answer.problem is not None:
-            output.complain(f"{file.path}: {answer.problem}")
-
     for file, answer in in_parallel(files, partial(_attempt, work), interrupts):
         answers[file.path] = answer
         if not in_order:
-            write(file, answer)
+            _write(output, file, answer)
     if interrupts.number is not None:
         output.complain("interrupted" if interrupts.number == 2 else "terminated")
     for file in files:
         undone = file.path not in answers
         answer = answers.setdefault(file.path, given_up(file)) if undone else answers[file.path]
         if in_order or undone:
-            write(file, answer)
+            _write(output, file, answer)
     output.finish([{"file": str(file.path), **answers[file.path].about} for file in files])
     if interrupts.number is not None:
         return 128 + interrupts.number
     # That something could not be asked or ended goes before that something is not well.
     statuses = {answer.status for answer in answers.values()}
     return next((status for status in (FAILED, UNHEALTHY) if status in statuses), DONE)
+
+
+def answer_one(file: StateFile, work: Callable[[StateFile], Answer], output: Output) -> int:
+    """Do what needs no network with one file, at once, and write what comes of it.
+
+    :returns: the exit status.
+    """
+    answer = _attempt(work, file)
+    _write(output, file, answer)
+    output.finish([{"file": str(file.path), **answer.about}])
+    return answer.status
+
+
+def _write(output: Output, file: StateFile, answer: Answer) -> None:
+    if answer.text is not None:
+        output.say(answer.text)
+    if answer.problem is not None:
+        output.complain(f"{file.path}: {answer.problem}")
 
 
 def _attempt(work: Callable[[StateFile], Answer], file: StateFile) -> Answer:
