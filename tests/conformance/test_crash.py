@@ -54,8 +54,8 @@ class Changing(Fault):
 
     methods: tuple[str, ...] = ("POST", "PUT", "DELETE")
 
-    def takes(self, method: str, path: str) -> bool:
-        return method in self.methods and super().takes(method, path)
+    def takes(self, method: str, path: str, now: float | None = None) -> bool:
+        return method in self.methods and super().takes(method, path, now)
 
 
 class Ending(Changing):
