@@ -293,8 +293,19 @@ RAYS_OWN = {
 RAYS_WORKERS = ("ray::", "ray.util.client.server", "/default_worker.py")
 
 
-def listening(observed: Observed, address: str, directory: Path) -> list[tuple[str, int, str]]:
-    """List what listens on a node: the address, the port and the process's command line."""
+# Whether Ray's dashboard answers there, as far as it does so without the token.
+ASKING = """
+import json, urllib.request
+try:
+    with urllib.request.urlopen("http://%s:8265/api/authentication_mode", timeout=10) as answer:
+        print(json.dumps(answer.status))
+except OSError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def run_on(observed: Observed, address: str, program: str, directory: Path) -> Any:
+    """Run a Python program on a node, over SSH through the head, and return the JSON that it prints."""
     platform, port = observed.platform, free_port()
     way = SSHTunnelSpec("localhost", port, address, platform.ssh_port)
     options = {
@@ -309,13 +320,13 @@ def listening(observed: Observed, address: str, directory: Path) -> list[tuple[s
                 *(f"-o{name}={value}" for name, value in options.items()),
                 *(f"{platform.ssh_user}@127.0.0.1", "python3", "-"),
             ],
-            input=LISTENING,
+            input=program,
             capture_output=True,
             text=True,
             timeout=30,
             check=True,
         )
-    return [(text, number, owner) for text, number, owner in json.loads(done.stdout)]
+    return json.loads(done.stdout)
 
 
 @best
@@ -337,7 +348,7 @@ def test_nothing_listens_wider_than_it_must(observed: Observed, job: None, tmp_p
         "worker": set(),
     }
     for role, address in nodes.items():
-        found = listening(observed, address, tmp_path)
+        found = run_on(observed, address, LISTENING, tmp_path)
         narrow = {(text, port) for text, port, _ in found if text in ("127.0.0.1", "::1", address)}
         assert fixed[role] <= narrow, (role, found)
         wide = [(port, owner) for text, port, owner in found if (text, port) not in narrow]
@@ -356,3 +367,6 @@ def test_nothing_listens_wider_than_it_must(observed: Observed, job: None, tmp_p
         if role == "head":
             metrics |= {ports.GCS, ports.AUTOSCALER_METRICS, ports.DASHBOARD_METRICS}
         assert metrics <= numbers
+    asked = {role: run_on(observed, node, ASKING % observed.head, tmp_path) for role, node in nodes.items()}
+    assert asked["head"] == asked["observability"] == 200
+    assert "reset" in asked["worker"] or "closed" in asked["worker"], asked

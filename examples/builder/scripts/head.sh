@@ -83,7 +83,7 @@ async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     """Serve a connection."""
     peer = ipaddress.ip_address(writer.get_extra_info("peername")[0])
     # Processes of this machine can reach the port anyway.
-    if peer != ipaddress.ip_address(allowed) and not peer.is_loopback:
+    if peer not in (ipaddress.ip_address(allowed), ipaddress.ip_address(address)) and not peer.is_loopback:
         writer.close()
         return
     try:
