@@ -84,7 +84,10 @@ python="${YD_AGENT_HOME:-/opt/yellowdog/agent}/venv/bin/python"
 [ -x "$python" ] || python=python3
 # In the background, for Bash to see the signal of an abort meanwhile.
 "$python" ray_dashboards.py grafana/dashboards &
-wait $! || echo "Grafana goes without Ray's dashboards, and Ray's dashboard has empty frames in its Metrics page" >&2
+pids+=($!)
+wait "${pids[1]}" ||
+    echo "Grafana goes without Ray's dashboards, and Ray's dashboard has empty frames in its Metrics page" >&2
+unset "pids[1]"
 
 grafana=()
 if command -v grafana >/dev/null; then
