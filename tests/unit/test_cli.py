@@ -39,7 +39,7 @@ def test_shut_down_needs_a_key(
     assert "YD_API_KEY_ID" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "list", "status", "logs", "shut-down"])
+@pytest.mark.parametrize("command", ["", "list", "status", "logs", "connect", "shut-down"])
 def test_help_says_the_exit_statuses(capsys: pytest.CaptureFixture[str], command: str) -> None:
     """`--help` of the command and of each of its commands on states tells all exit statuses."""
     with pytest.raises(SystemExit) as ended:

@@ -207,12 +207,15 @@ def test_where_it_is_by_default(monkeypatch, tmp_path):
 
 
 def test_no_secret_at_any_time(state_directory, monkeypatch):
-    """No text that was ever written has a key's secret, the Ray token or a script in it."""
-    written = []
+    """No state that was ever written has a key's secret, the Ray token or a script in it."""
+    written, tokens = [], []
     replace = os.replace
 
     def keeping(source, target):
-        written.append(Path(source).read_text())
+        if str(target).endswith(".token"):
+            tokens.append(Path(source).read_text())
+        else:
+            written.append(Path(source).read_text())
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", keeping)
@@ -225,6 +228,7 @@ def test_no_secret_at_any_time(state_directory, monkeypatch):
         cluster.remove_worker_pool_by_internal_name("one")
         token = os.environ["RAY_AUTH_TOKEN"]
         cluster.shut_down()
+    assert tokens == [f"{token}\n"]
     assert {json.loads(text)["status"] for text in written} == {"building", "running", "ending"}
     assert {len(json.loads(text)["pools"]) for text in written} >= {2, 3}
     for text in written:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
+import json
 import os
 import re
 import signal
 import socket
+import socketserver
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
+from yellowdog_ray import raydog
 from yellowdog_ray.errors import SpecError
+from yellowdog_ray.raydog import ports
 from yellowdog_ray.raydog.scripts import get_script, script_names
 
 MIRROR = Path(__file__).parents[2] / "examples" / "builder" / "scripts"
@@ -199,17 +207,65 @@ def test_head_options(agent):
 
 
 def test_head_with_observability(agent):
-    """Prometheus on the observability node reaches the dashboard, and only then does it listen widely."""
-    agent.install("ray", RAY + 'env | grep -E "^RAY_(PROM|GRAF|USAGE)" >>"$CALLS"\n')
-    process = agent.start("head", OBSERVABILITY_HOST="10.1.2.4")
+    """The dashboard stays on localhost; its way for Prometheus lets the observability node through alone."""
+    agent.install("ray", RAY + 'env | grep -E "^RAY_(PROM|GRAF|USAGE)|_METRIC_PORT" >>"$CALLS"\n')
+    agent.install("python", f'#!/bin/bash\necho "python $*" >>"$CALLS"\nexec {sys.executable} "$@"\n')
+    own = f"127.{os.getpid() % 200 + 20}.77.3"
+    process = agent.start("head", OBSERVABILITY_HOST="10.1.2.4", RAYDOG_NODE_IP=own)
     agent.wait_for_call("ray start")
+    agent.wait_for_call(f"python - {own} 8265 10.1.2.4")
     process.terminate()
     process.communicate(timeout=10)
     calls = agent.calls.read_text()
-    assert "--dashboard-host=0.0.0.0" in calls
-    assert "--node-ip-address" not in calls
+    assert "--dashboard-host=127.0.0.1" in calls
     assert "RAY_PROMETHEUS_HOST=http://10.1.2.4:9090" in calls
+    assert "RAY_GRAFANA_HOST=http://10.1.2.4:3000" in calls
+    assert "RAY_GRAFANA_IFRAME_HOST=http://localhost:3000" in calls
     assert "RAY_USAGE_STATS_ENABLED=0" in calls
+    assert f"AUTOSCALER_METRIC_PORT={ports.AUTOSCALER_METRICS}" in calls
+    assert f"DASHBOARD_METRIC_PORT={ports.DASHBOARD_METRICS}" in calls
+    assert processes_in(agent.home) == []
+
+
+def test_the_relay(tmp_path):
+    """It passes on both ways, as often as one likes, from machines that may; and refuses others."""
+    relay = Path(raydog.__file__).parent / "observability" / "relay.py"
+    inside, outside = f"127.{os.getpid() % 200 + 20}.77.4", "10.9.9.9"
+    with (
+        socketserver.ThreadingTCPServer(("127.0.0.1", 0), Shouter) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stack.callback(server.shutdown)
+        port = server.server_address[1]
+        process = stack.enter_context(
+            subprocess.Popen([sys.executable, str(relay), inside, str(port), outside])
+        )
+        stack.callback(process.terminate)
+        deadline = time.monotonic() + 10
+        while True:
+            with (
+                contextlib.suppress(ConnectionRefusedError),
+                socket.create_connection((inside, port)) as client,
+            ):
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for text in ("hello", "x" * 300_000):
+            with socket.create_connection((inside, port), 10) as client, client.makefile("rw") as stream:
+                stream.write(f"{text}\n")
+                stream.flush()
+                assert stream.readline() == f"{text.upper()}\n"
+        server.server_close()
+        with socket.create_connection((inside, port), 10) as client:
+            assert client.recv(1) == b""
+
+
+class Shouter(socketserver.StreamRequestHandler):
+    """Answers a line in capitals."""
+
+    def handle(self) -> None:
+        self.wfile.write(self.rfile.readline().upper())
 
 
 @pytest.mark.parametrize("variable", ["RAY_HEAD_IP", "RAY_HEAD_NODE_PRIVATE_IP"])
@@ -374,25 +430,141 @@ def test_no_head_address(agent, script):
 
 def test_observability_without_prometheus(agent):
     """A node without Prometheus is told by name, and the task fails."""
-    process = agent.start("observability", RAY_HEAD_IP="10.1.2.3", PATH="/nowhere")
+    process = agent.start("observability", RAY_HEAD_IP="10.1.2.3", RAYDOG_NODE_IP="10.1.2.4", PATH="/nowhere")
     output, _ = process.communicate(timeout=10)
     assert process.returncode == 1
     assert "prometheus is not installed on this node" in output
 
 
+PROMETHEUS = '#!/bin/bash\necho "prometheus $*" >>"$CALLS"\nexec sleep 60\n'
+GRAFANA = '#!/bin/bash\necho "grafana $*" >>"$CALLS"\nexec sleep 60\n'
+
+
+def observe(agent, until: str, **environment: str) -> str:
+    """Run the observability node's script until something is called, and return its output."""
+    agent.install("prometheus", PROMETHEUS)
+    process = agent.start(
+        "observability",
+        RAYDOG_NODE_IP="10.1.2.4",
+        PATH=f"{agent.home}/venv/bin:{os.environ['PATH']}",
+        **{"RAY_HEAD_IP": "10.1.2.3", **environment},
+    )
+    agent.wait_for_call(until)
+    process.terminate()
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 143
+    return output
+
+
 def test_observability(agent):
     """Prometheus asks Ray for its targets with the token, which stands in a file for its owner alone."""
-    agent.install("prometheus", '#!/bin/bash\necho "prometheus $*" >>"$CALLS"\nexec sleep 60\n')
-    path = f"{agent.home}/venv/bin:{os.environ['PATH']}"
-    process = agent.start("observability", RAY_HEAD_IP="10.1.2.3", RAY_AUTH_TOKEN="t0k", PATH=path)
-    agent.wait_for_call("prometheus --config.file")
-    process.terminate()
-    process.communicate(timeout=10)
-    assert process.returncode == 143
-    config = (agent.home / "prometheus.yml").read_text()
-    assert "http://10.1.2.3:8265/api/prometheus/sd" in config
-    assert f"credentials_file: '{agent.home}/ray-token'" in config
-    assert "t0k" not in config
+    agent.install("grafana", GRAFANA)
+    observe(agent, "grafana server", RAY_AUTH_TOKEN="t0k")
+    calls = agent.calls.read_text()
+    assert "--web.listen-address=10.1.2.4:9090" in calls
+    assert f"grafana server --homepath=/usr/share/grafana --config={agent.home}/grafana/grafana.ini" in calls
+    config = yaml.safe_load((agent.home / "prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    (discovery,) = job["http_sd_configs"]
+    assert discovery["url"] == f"http://10.1.2.3:{ports.DASHBOARD}/api/prometheus/sd"
+    assert discovery["authorization"] == {"type": "Bearer", "credentials_file": f"{agent.home}/ray-token"}
     token = agent.home / "ray-token"
     assert token.read_text() == "t0k"
     assert token.stat().st_mode & 0o077 == 0
+    written = [file for file in agent.home.rglob("*") if file.is_file() and file != token]
+    assert [file for file in written if b"t0k" in file.read_bytes()] == []
+
+
+def test_observability_without_a_token(agent):
+    """Where the cluster has no token Prometheus shows none; addresses of IPv6 are put in brackets."""
+    output = observe(agent, "prometheus --config.file", RAY_HEAD_IP="fd00::3")
+    config = yaml.safe_load((agent.home / "prometheus.yml").read_text())
+    (discovery,) = config["scrape_configs"][0]["http_sd_configs"]
+    assert "authorization" not in discovery
+    assert discovery["url"] == "http://[fd00::3]:8265/api/prometheus/sd"
+    assert not (agent.home / "ray-token").exists()
+    assert output.endswith("Observability stopped\n")
+
+
+def test_grafana_is_set_up_as_its_documentation_says(agent):
+    """The files have the keys that Grafana documents, and let nobody log in or change anything.
+
+    Keys: https://grafana.com/docs/grafana/latest/administration/provisioning (data sources, dashboards) and
+    .../setup-grafana/configure-grafana.
+    """
+    agent.install("grafana", GRAFANA)
+    agent.install("python", "#!/bin/bash\nexit 1\n")
+    output = observe(agent, "grafana server")
+    assert "Grafana goes without Ray's dashboards" in output
+    place = agent.home / "grafana"
+    data = yaml.safe_load((place / "provisioning" / "datasources" / "prometheus.yml").read_text())
+    assert set(data) == {"apiVersion", "datasources"}
+    (source,) = data["datasources"]
+    required, optional = {"name", "type", "access", "url"}, {"uid", "isDefault", "editable", "jsonData"}
+    assert required <= set(source) <= required | optional
+    # The name that Ray's dashboard asks for.
+    assert (source["name"], source["type"], source["access"]) == ("Prometheus", "prometheus", "proxy")
+    assert source["url"] == f"http://10.1.2.4:{ports.PROMETHEUS}"
+    boards = yaml.safe_load((place / "provisioning" / "dashboards" / "ray.yml").read_text())
+    assert set(boards) == {"apiVersion", "providers"}
+    assert data["apiVersion"] == boards["apiVersion"] == 1
+    (provider,) = boards["providers"]
+    assert set(provider) == {"name", "folder", "type", "disableDeletion", "allowUiUpdates", "options"}
+    assert (provider["type"], provider["options"]) == ("file", {"path": str(place / "dashboards")})
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(place / "grafana.ini")
+    assert settings["server"]["http_addr"] == "10.1.2.4"
+    assert settings.getint("server", "http_port") == ports.GRAFANA
+    assert settings["paths"]["provisioning"] == str(place / "provisioning")
+    assert settings.getboolean("security", "allow_embedding")
+    assert settings.getboolean("security", "disable_initial_admin_creation")
+    assert settings.getboolean("auth", "disable_login_form")
+    assert not settings.getboolean("auth.basic", "enabled")
+    assert settings["auth.anonymous"]["org_role"] == "Viewer"
+    assert "@" not in (place / "grafana.ini").read_text()
+
+
+def test_observability_without_an_address(agent):
+    """Where it is not known at which address to listen, the script does not listen at all of them."""
+    agent.install("prometheus", PROMETHEUS)
+    path = f"{agent.home}/venv/bin:{os.environ['PATH']}"
+    process = agent.start("observability", RAY_HEAD_IP="10.1.2.3", PATH=path)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "RAYDOG_NODE_IP is not set" in output
+    assert agent.calls.read_text() == ""
+
+
+def test_rays_dashboards_without_a_running_ray(tmp_path):
+    """Those that Ray's own dashboard shows are written, as JSON; a Ray without any is said."""
+    pytest.importorskip("ray")
+    program = Path(raydog.__file__).parent / "observability" / "ray_dashboards.py"
+
+    def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *options, str(program), str(tmp_path / "made")],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, **environment},
+            check=False,
+        )
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    made = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "made").iterdir()}
+    assert {"default", "data", "serve"} <= set(made)
+    assert all(board["uid"] and board["panels"] for board in made.values())
+    # The data source that the frames of Ray's dashboard name.
+    assert "datasource" in [variable["name"] for variable in made["default"]["templating"]["list"]]
+    other = tmp_path / "other" / "ray" / "dashboard" / "modules" / "metrics"
+    other.mkdir(parents=True)
+    for directory in (other, *list(other.parents)[:3]):
+        (directory / "__init__.py").write_text("__version__ = '9.9'\n")
+    (other / "grafana_dashboard_factory.py").write_text("")
+    changed = run(PYTHONPATH=str(tmp_path / "other"))
+    assert changed.returncode == 1
+    assert "Ray 9.9 has no Grafana dashboards" in changed.stderr
+    without = run("-I", "-S")
+    assert without.returncode == 1
+    assert "ray[default]" in without.stderr

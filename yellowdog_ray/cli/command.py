@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_list(commands)
     _add_status(commands)
     _add_logs(commands)
+    _add_connect(commands)
     _add_shut_down(commands)
     _add_local(commands)
     _add_demo(commands)
@@ -192,13 +193,20 @@ def _add_states(parser: argparse.ArgumentParser, otherwise: str) -> None:
     )
 
 
-def _add_ssh(parser: argparse.ArgumentParser) -> None:
+def _add_ssh(parser: argparse.ArgumentParser, own: bool = True) -> None:
+    """Add the options of SSH.
+
+    :param own: whether it is this package that logs in, and not the `ssh` command.
+    """
     ssh = parser.add_argument_group("the way to the nodes")
     ssh.add_argument("--ssh-user", metavar="USER", help="the user to log in to the nodes as")
     ssh.add_argument(
         "--ssh-key", metavar="FILE", help="its private key (without: the SSH agent's keys, and ~/.ssh)"
     )
     ssh.add_argument("--ssh-port", type=int, metavar="N", help="the port of the SSH servers (22)")
+    if not own:
+        parser.set_defaults(ssh_host_key=None, ssh_password_env=None)
+        return
     ssh.add_argument("--ssh-host-key", metavar="KEY", help='the head\'s public key, "ssh-ed25519 AAAA..."')
     ssh.add_argument(
         "--ssh-password-env", metavar="VARIABLE", help="the environment variable that has the user's password"
@@ -245,6 +253,20 @@ def _add_logs(commands: _Commands) -> None:
     )
     _add_env_file(parser)
     _add_ssh(parser)
+
+
+def _add_connect(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "connect",
+        "write what another shell needs to use a cluster",
+        "Write the lines by which a shell uses a cluster's Ray, and on the error stream the command that\n"
+        "opens the tunnels to it. The token itself is not in them: its file is. Nothing is asked over the\n"
+        "network.\n\n"
+        '    exports=$(raydog connect STATE) && eval "$exports"',
+    )
+    parser.add_argument("states", nargs=1, metavar="STATE", help="a state file")
+    _add_ssh(parser, own=False)
 
 
 def _add_shut_down(commands: _Commands) -> None:

@@ -24,7 +24,11 @@ __all__ = [
     "Answer",
     "StateFile",
     "answer_all",
+    "answer_one",
     "failed",
+    "newest",
+    "newest_with_names",
+    "not_asked",
     "read_files",
 ]
 
@@ -107,29 +111,41 @@ def answer_all(
 
     answers: dict[Path, Answer] = {}
 
-    def write(file: StateFile, answer: Answer) -> None:
-        if answer.text is not None:
-            output.say(answer.text)
-        if answer.problem is not None:
-            output.complain(f"{file.path}: {answer.problem}")
-
     for file, answer in in_parallel(files, partial(_attempt, work), interrupts):
         answers[file.path] = answer
         if not in_order:
-            write(file, answer)
+            _write(output, file, answer)
     if interrupts.number is not None:
         output.complain("interrupted" if interrupts.number == 2 else "terminated")
     for file in files:
         undone = file.path not in answers
         answer = answers.setdefault(file.path, given_up(file)) if undone else answers[file.path]
         if in_order or undone:
-            write(file, answer)
+            _write(output, file, answer)
     output.finish([{"file": str(file.path), **answers[file.path].about} for file in files])
     if interrupts.number is not None:
         return 128 + interrupts.number
     # That something could not be asked or ended goes before that something is not well.
     statuses = {answer.status for answer in answers.values()}
     return next((status for status in (FAILED, UNHEALTHY) if status in statuses), DONE)
+
+
+def answer_one(file: StateFile, work: Callable[[StateFile], Answer], output: Output) -> int:
+    """Do what needs no network with one file, at once, and write what comes of it.
+
+    :returns: the exit status.
+    """
+    answer = _attempt(work, file)
+    _write(output, file, answer)
+    output.finish([{"file": str(file.path), **answer.about}])
+    return answer.status
+
+
+def _write(output: Output, file: StateFile, answer: Answer) -> None:
+    if answer.text is not None:
+        output.say(answer.text)
+    if answer.problem is not None:
+        output.complain(f"{file.path}: {answer.problem}")
 
 
 def _attempt(work: Callable[[StateFile], Answer], file: StateFile) -> Answer:
@@ -148,3 +164,35 @@ def _attempt(work: Callable[[StateFile], Answer], file: StateFile) -> Answer:
 def failed(problem: str) -> Answer:
     """Say that something went wrong with a file."""
     return Answer({"error": problem}, problem=problem, status=FAILED)
+
+
+def not_asked(file: StateFile) -> Answer:
+    """Say of a file that an interrupt has left it undone."""
+    return Answer({"error": "interrupted"}, problem="it was not asked")
+
+
+def newest(state: ClusterState) -> ClusterState:
+    """Give what the cluster's own state file says, where it is on this machine."""
+    if state.state_file is not None and state.build_id is not None:
+        try:
+            own = ClusterState.load(state.state_file)
+        except (OSError, StateError):
+            return state
+        if own.build_id == state.build_id:
+            return own
+    return state
+
+
+def newest_with_names(file: StateFile) -> ClusterState:
+    """Give the newest state of a cluster that can be looked at.
+
+    :raises StateError: where it was written by the existing package.
+    """
+    assert file.state is not None  # noqa: S101 - for the type checker
+    state = newest(file.state)
+    if state.build_id is None or state.cluster_name is None or state.cluster_namespace is None:
+        raise StateError(
+            "it was written by the existing package, which keeps too little in it to look at the cluster; "
+            "only shut-down is possible"
+        )
+    return state

@@ -1,4 +1,7 @@
-"""``raydog list``, ``status``, ``logs`` and ``shut-down``: what is done with state files."""
+"""``raydog list``, ``status``, ``logs`` and ``shut-down``: what is done with state files.
+
+:mod:`.connect` has the one that a shell evaluates.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from yellowdog_ray.cli.connect import connect
 from yellowdog_ray.cli.files import (
     DONE,
     FAILED,
@@ -20,12 +24,14 @@ from yellowdog_ray.cli.files import (
     StateFile,
     answer_all,
     failed,
+    newest_with_names,
+    not_asked,
     read_files,
 )
 from yellowdog_ray.cli.output import Output
 from yellowdog_ray.cli.running import Interrupts
 from yellowdog_ray.cli.settings import Key, UsageError, read_access, read_key
-from yellowdog_ray.errors import ClusterStateError, RayDogError, StateError, TeardownError
+from yellowdog_ray.errors import ClusterStateError, RayDogError, TeardownError
 from yellowdog_ray.raydog.reach import SSHAccess
 from yellowdog_ray.raydog.state import ClusterState
 from yellowdog_ray.raydog.status import one_line
@@ -63,6 +69,7 @@ def run(options: argparse.Namespace, output: Output, interrupts: Interrupts) -> 
         "list": _list,
         "status": _status,
         "logs": _logs,
+        "connect": connect,
         "shut-down": _shut_down,
     }
     try:
@@ -72,37 +79,6 @@ def run(options: argparse.Namespace, output: Output, interrupts: Interrupts) -> 
         output.complain(str(error))
         return USAGE
     return FAILED if output.lost and status == DONE else status
-
-
-def _not_asked(file: StateFile) -> Answer:
-    return Answer({"error": "interrupted"}, problem="it was not asked")
-
-
-def _newest(state: ClusterState) -> ClusterState:
-    """Give what the cluster's own state file says, where it is on this machine."""
-    if state.state_file is not None and state.build_id is not None:
-        try:
-            own = ClusterState.load(state.state_file)
-        except (OSError, StateError):
-            return state
-        if own.build_id == state.build_id:
-            return own
-    return state
-
-
-def _newest_with_names(file: StateFile) -> ClusterState:
-    """Give the newest state of a cluster that can be looked at.
-
-    :raises StateError: where it was written by the existing package.
-    """
-    assert file.state is not None  # noqa: S101 - for the type checker
-    state = _newest(file.state)
-    if state.build_id is None or state.cluster_name is None or state.cluster_namespace is None:
-        raise StateError(
-            "it was written by the existing package, which keeps too little in it to look at the cluster; "
-            "only shut-down is possible"
-        )
-    return state
 
 
 # -- list ----------------------------------------------------------------------------------------------
@@ -185,7 +161,7 @@ def _aware(moment: datetime) -> datetime:
 def _status(options: argparse.Namespace, output: Output, interrupts: Interrupts) -> int:
     key = read_key(options)
     files = read_files(options, output)
-    return answer_all(files, partial(_survey, key), _not_asked, output, interrupts)
+    return answer_all(files, partial(_survey, key), not_asked, output, interrupts)
 
 
 def _survey(key: Key, file: StateFile) -> Answer:
@@ -195,7 +171,7 @@ def _survey(key: Key, file: StateFile) -> Answer:
     from yellowdog_ray.raydog.status import ClusterStatus
     from yellowdog_ray.raydog.survey import survey
 
-    state = _newest_with_names(file)
+    state = newest_with_names(file)
     head = next((pool for pool in state.pools if pool.role == "head"), None)
     known = ClusterStatus(
         str(state.cluster_name),
@@ -231,11 +207,11 @@ def _logs(options: argparse.Namespace, output: Output, interrupts: Interrupts) -
             "without --ssh-user, there is only what the platform itself keeps of tasks that failed"
         )
     fetch = partial(_fetch_logs, key, access, options.pool, options.bytes)
-    return answer_all(files, fetch, _not_asked, output, interrupts)
+    return answer_all(files, fetch, not_asked, output, interrupts)
 
 
 def _fetch_logs(key: Key, access: SSHAccess | None, pool: str | None, size: int, file: StateFile) -> Answer:
-    state = _newest_with_names(file)
+    state = newest_with_names(file)
     names = [known.internal_name for known in state.pools]
     if pool is not None and pool not in names:
         raise ClusterStateError(
@@ -339,7 +315,7 @@ def _keep_logs(key: Key, access: SSHAccess | None, keep: Path, file: StateFile) 
     from yellowdog_ray.raydog import logs
 
     try:
-        state = _newest_with_names(file)
+        state = newest_with_names(file)
         logs.keep(
             keep / str(state.cluster_name), _collect(key, access, state, None, logs.KEPT_BYTES).values()
         )

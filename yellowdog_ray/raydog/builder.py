@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -38,6 +37,7 @@ from yellowdog_ray.raydog.specs import (
     make,
 )
 from yellowdog_ray.raydog.state import ClusterState
+from yellowdog_ray.raydog.token_file import new_token
 from yellowdog_ray.raydog.undo import add_note
 
 __all__ = ["RayDogCluster", "RayDogClusterProxy"]
@@ -78,8 +78,9 @@ class RayDogCluster(ClusterBuilding):
     :param cluster_lifetime: the platform itself ends the cluster after this time, whether or not this
         process is alive; None for never.
     :param ray_auth: ``"token"`` protects the cluster with a Ray token of its own, which the nodes and this
-        process get in ``RAY_AUTH_TOKEN`` (see :meth:`use_ray_auth`); anyone who may read the cluster's tasks
-        on YellowDog can read it there. ``"off"`` leaves Ray open to its network.
+        process get in ``RAY_AUTH_TOKEN`` (see :meth:`use_ray_auth`), and other processes of this user from a
+        file beside the state file; anyone who may read the cluster's tasks on YellowDog can read it there.
+        ``"off"`` leaves Ray open to its network.
     :param state_file: where the cluster's state is kept from before anything is created until all of it has
         been verified as ended, so that it can be found whatever becomes of this process. By default a file of
         its own in the directory ``RAYDOG_STATE_DIR``, or in the user's state directory.
@@ -157,7 +158,7 @@ class RayDogCluster(ClusterBuilding):
             lifetime=cluster_lifetime,
             ray_auth=ray_auth,
         )
-        self._token = secrets.token_hex(32) if ray_auth == "token" else None
+        self._token = new_token() if ray_auth == "token" else None
         self._state_file = None if state_file is None else Path(state_file).expanduser()
         self._set_up(credentials, spec, access, keep_logs, on_event, progress)
 

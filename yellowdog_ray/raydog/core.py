@@ -28,6 +28,7 @@ from yellowdog_ray.raydog.specs import (
     Credentials,
 )
 from yellowdog_ray.raydog.teardown import Targets
+from yellowdog_ray.raydog.token_file import read_token
 from yellowdog_ray.raydog.transport import Operation
 from yellowdog_ray.raydog.watch import HeadWatch
 
@@ -175,20 +176,42 @@ class ClusterCore:
                     pools[there.internal_name] = BuiltPool.of(there)
 
     def _ray_token(self) -> str | None:
-        """Tell the cluster's Ray token; one that another process has made is in the head's task.
+        """Tell the cluster's Ray token: of one that another process has built, from the file of the token.
 
-        :raises ClusterStateError: where the platform does not tell it.
+        Where that is not on this machine, the platform tells it in the environment of the head's task.
+
+        :raises StateError: where the file may not be used.
+        :raises ClusterStateError: where there is no file, and the platform does not tell it either.
         """
-        built = self._assembly
-        if self._token is None and self._spec.ray_auth == "token" and built is not None:
-            task = self._platform.task(str(built.head.task_id), Operation(30.0))
-            self._token = (task.environment or {}).get("RAY_AUTH_TOKEN")
-            if self._token is None:
-                raise ClusterStateError(
-                    "the cluster's Ray token is not known here: the platform does not tell the environment "
-                    "of the head's task. The process that built the cluster knows it"
-                )
+        if self._token is None and self._spec.ray_auth == "token":
+            self._token = self._token_from_file() or self._token_from_head()
         return self._token
+
+    def _token_from_file(self) -> str | None:
+        file = None if self._journal is None else self._journal.state.ray_token_file
+        if file is None:
+            return None
+        try:
+            return read_token(file)
+        except FileNotFoundError:
+            log.info("The file of the Ray token %s is not on this machine; the platform is asked", file)
+            return None
+
+    def _token_from_head(self) -> str | None:
+        built = self._assembly
+        if built is None:
+            return None
+        token = None
+        if built.head.task_id is not None:
+            task = self._platform.task(built.head.task_id, Operation(30.0))
+            token = (task.environment or {}).get("RAY_AUTH_TOKEN")
+        if token is None:
+            raise ClusterStateError(
+                "the cluster's Ray token is not known here: its file is not on this machine, and the "
+                "platform does not tell the environment of the head's task. Attach on the machine that built "
+                "the cluster, or copy the file that its state names as ray_token_file"
+            )
+        return token
 
     def use_ray_auth(self) -> bool:
         """Make this process use the cluster's Ray token, as :meth:`build` does.

@@ -23,6 +23,7 @@ from platformdirs import user_state_path
 
 from yellowdog_ray.errors import RayDogError, StateError
 from yellowdog_ray.raydog.state import ClusterState
+from yellowdog_ray.raydog.token_file import remove_token
 
 __all__ = ["Journal", "default_path", "find_states", "forget_all", "state_directory"]
 
@@ -190,9 +191,11 @@ class Journal:
             return self._state
 
     def remove(self) -> None:
-        """Remove the file, for the cluster has been verified as ended."""
+        """Remove the file, and that of the token, for the cluster has been verified as ended."""
         try:
             with self._write_lock, self._file_lock():
+                # First, or nothing would lead to it any more.
+                remove_token(self.path, self._state.ray_token_file)
                 self.path.unlink(missing_ok=True)
                 for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*"):
                     # Where files in use cannot be removed, the lock stays behind.

@@ -19,6 +19,7 @@ from yellowdog_ray.raydog.specs import (
 )
 from yellowdog_ray.raydog.state import ClusterState
 from yellowdog_ray.raydog.teardown import Targets
+from yellowdog_ray.raydog.token_file import token_path, write_token
 from yellowdog_ray.raydog.view import ClusterView
 
 __all__ = ["ClusterRecord"]
@@ -81,6 +82,7 @@ class ClusterRecord(ClusterView):
             worker_pool_ids=[pool.id for pool in pools if pool.id is not None],
             api_url=self._credentials.api_url,
             ray_auth=self._spec.ray_auth,
+            ray_token_file=None if self._journal is None else self._journal.state.ray_token_file,
             build_id=built.made.id,
             pools=[pool.state() for pool in pools],
             worker_pools_counted=self._pools_counted,
@@ -98,10 +100,19 @@ class ClusterRecord(ClusterView):
         lifetime = self._spec.lifetime
         self._lifetime_ends = None if lifetime is None else self._created + lifetime
         path = self._state_file or default_path(self._spec.namespace, self._spec.name, built.made.id)
-        pools = built.pools(workers)
-        self._journal = built.journal = Journal.create(
-            path, self._state_of(built, pools).but(status="building")
-        )
+        path, token = path.absolute(), self._ray_token()
+        state = self._state_of(built, built.pools(workers)).but(status="building")
+        if token is None:
+            self._journal = built.journal = Journal.create(path, state)
+            return
+        journal = Journal.create(path, state.but(ray_token_file=str(token_path(path))))
+        try:
+            # After the state, so that there is never a token that no state leads to.
+            write_token(token_path(path), token)
+        except BaseException:
+            journal.remove()
+            raise
+        self._journal = built.journal = journal
 
     def _note_running(self, built: Assembly, workers: Sequence[BuiltPool]) -> None:
         pools = [pool.state() for pool in built.pools(workers)]

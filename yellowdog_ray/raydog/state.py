@@ -80,6 +80,7 @@ class ClusterState(BaseModel):
 
     :param api_url: the API that the cluster lives behind; None in files of the existing package.
     :param ray_auth: whether Ray's token authentication is on. The token itself is not here.
+    :param ray_token_file: the file that holds it, on the machine that built the cluster; None for none.
     :param build_id: by which what is found under a name is recognised as this cluster's.
     :param pools: every pool with its name; empty in files of the existing package.
     :param status: how far the cluster is. One that is being built may be there in part.
@@ -104,6 +105,7 @@ class ClusterState(BaseModel):
     format_version: int = FORMAT_VERSION
     api_url: str | None = None
     ray_auth: RayAuth | None = None
+    ray_token_file: str | None = None
     build_id: Annotated[str, Field(pattern=r"^[0-9a-f]+$")] | None = None
     pools: list[PoolState] = []
     status: Literal["building", "running", "ending"] = "running"

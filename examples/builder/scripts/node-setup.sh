@@ -11,6 +11,10 @@ PYTHON_VERSION="${PYTHON_VERSION:-3.11}"
 RAY_VERSION="${RAY_VERSION:-2.60.0}"
 # Set to 1 for an observability node.
 INSTALL_OBSERVABILITY="${INSTALL_OBSERVABILITY:-0}"
+# Any from 8 on should show Ray's dashboards; this one was in Grafana's repository in September 2026.
+GRAFANA_VERSION="${GRAFANA_VERSION:-13.2.2}"
+# The key by which Grafana's repository is signed, and with it the checksum of every package in it.
+GRAFANA_KEY=B53AE77BADB630A683046005963FA27710458545
 
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive
@@ -20,7 +24,7 @@ AGENT_HOME=/opt/yellowdog/agent
 INSTALLER=https://raw.githubusercontent.com/yellowdog/resources/main/agent-install/linux/yd-agent-installer.sh
 
 apt-get update
-apt-get install -y curl ca-certificates software-properties-common
+apt-get install -y curl ca-certificates gnupg software-properties-common
 
 # 1. Python and Ray, in the virtual environment that the task scripts activate.
 if ! apt-get install -y "python$PYTHON_VERSION" "python$PYTHON_VERSION-venv"; then
@@ -33,18 +37,27 @@ mkdir -p "$AGENT_HOME"
 "python$PYTHON_VERSION" -m venv "$AGENT_HOME/venv"
 "$AGENT_HOME/venv/bin/pip" install --no-cache-dir "ray[default,client]==$RAY_VERSION"
 
-# 2. Prometheus and Grafana, for an observability node. The services that their packages start are
-# stopped: the node's task runs both, with its own configuration.
+# 2. Prometheus (from Ubuntu, which signs it) and Grafana, for an observability node, which needs the Ray from
+# above too: Grafana's dashboards come from it. The services that the packages start are stopped: the node's
+# task runs both, with its own configuration.
 if [ "$INSTALL_OBSERVABILITY" = 1 ]; then
     apt-get install -y prometheus
     systemctl disable --now prometheus prometheus-node-exporter || true
-    install -d -m 0755 /etc/apt/keyrings
-    curl -fsSL https://apt.grafana.com/gpg.key -o /etc/apt/keyrings/grafana.asc
-    echo "deb [signed-by=/etc/apt/keyrings/grafana.asc] https://apt.grafana.com stable main" \
-        >/etc/apt/sources.list.d/grafana.list
-    apt-get update
-    apt-get install -y grafana
-    systemctl disable --now grafana-server || true
+    # Of the keys there, the one that is known, and no other one.
+    keys=$(mktemp -d)
+    curl -fsSL https://apt.grafana.com/gpg.key -o "$keys/all.asc"
+    gpg --homedir "$keys" --quiet --batch --import "$keys/all.asc"
+    gpg --homedir "$keys" --quiet --batch --export "$GRAFANA_KEY" >"$keys/grafana.gpg"
+    if [ -s "$keys/grafana.gpg" ]; then
+        install -D -m 0644 "$keys/grafana.gpg" /etc/apt/keyrings/grafana.gpg
+        echo "deb [signed-by=/etc/apt/keyrings/grafana.gpg] https://apt.grafana.com stable main" \
+            >/etc/apt/sources.list.d/grafana.list
+        apt-get update
+        apt-get install -y "grafana=$GRAFANA_VERSION"
+        systemctl disable --now grafana-server || true
+    else
+        echo "The key of Grafana's repository is not $GRAFANA_KEY any more: Grafana is not installed" >&2
+    fi
 fi
 
 # 3. The YellowDog agent, by the vendor's own installer. A failed download ends the script here: it is not

@@ -28,6 +28,7 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIME
 # Bash runs a trap only when its foreground child has ended: Ray runs in the background, and Bash waits.
 trap 'exit 143' TERM INT
 stop_ray() {
+    [ -z "$relay" ] || kill "$relay" 2>/dev/null
     [ -z "$ray" ] || kill "$ray" 2>/dev/null
     ray stop --grace-period 5 >/dev/null 2>&1
     # `ray start --block` goes on where all that it watched has ended in order.
@@ -35,6 +36,7 @@ stop_ray() {
     echo "Ray stopped"
 }
 ray=""
+relay=""
 trap stop_ray EXIT
 
 options=()
@@ -43,15 +45,25 @@ if [ -n "${RAYDOG_NODE_IP:-}" ]; then
     options+=("--node-ip-address=$RAYDOG_NODE_IP")
 fi
 
-# The dashboard is reached through an SSH tunnel to the node's localhost. Only Prometheus, on the
-# observability node, has to reach it from elsewhere.
-dashboard_host=127.0.0.1
+# The ports at which Prometheus finds the autoscaler and the dashboard: Ray's own, said explicitly.
+export AUTOSCALER_METRIC_PORT="${AUTOSCALER_METRIC_PORT:-44217}"
+export DASHBOARD_METRIC_PORT="${DASHBOARD_METRIC_PORT:-44227}"
+
 if [ -n "${OBSERVABILITY_HOST:-}" ]; then
-    dashboard_host=0.0.0.0
     export RAY_PROMETHEUS_HOST="${RAY_PROMETHEUS_HOST:-http://$OBSERVABILITY_HOST:9090}"
     export RAY_GRAFANA_HOST="${RAY_GRAFANA_HOST:-http://$OBSERVABILITY_HOST:3000}"
     # The user's browser opens Grafana through a tunnel.
     export RAY_GRAFANA_IFRAME_HOST="${RAY_GRAFANA_IFRAME_HOST:-http://localhost:3000}"
+    # The dashboard listens on the node's localhost, where the SSH tunnels end. Ray could let it listen at one
+    # other address instead, or at all of them. Prometheus, which asks it for the nodes, has this way.
+    if [ -n "${RAYDOG_NODE_IP:-}" ]; then
+        python - "$RAYDOG_NODE_IP" 8265 "$OBSERVABILITY_HOST" <<'END_OF_FILE' &
+#include observability/relay.py
+END_OF_FILE
+        relay=$!
+    else
+        echo "RAYDOG_NODE_IP is not set: Prometheus cannot ask Ray's dashboard for the nodes" >&2
+    fi
 fi
 
 # These options come first: of one that is given twice, Ray takes the last.
@@ -68,7 +80,7 @@ fi
 ray start ${size[@]+"${size[@]}"} --head --block \
     --port=6379 \
     --ray-client-server-port=10001 \
-    --dashboard-host="$dashboard_host" \
+    --dashboard-host=127.0.0.1 \
     --dashboard-port=8265 \
     --metrics-export-port=8080 \
     ${options[@]+"${options[@]}"} &

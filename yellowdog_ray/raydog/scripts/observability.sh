@@ -4,17 +4,25 @@
 #
 # Reads from its environment:
 #   RAY_HEAD_IP       the head's private address
+#   RAYDOG_NODE_IP    the node's own private address; Prometheus and Grafana listen there and nowhere else
 #   RAY_AUTH_TOKEN    the cluster's token, where it is protected by one
+#   YD_AGENT_HOME     set by the YellowDog agent; where there is a Ray in its venv, Grafana gets Ray's dashboards
+#   GRAFANA_HOME      where Grafana's own files are; /usr/share/grafana if it is not set
 #
-# Prometheus (a `prometheus` on the PATH) and Grafana (`grafana` or `grafana-server`) have to be installed
-# on the node; node-setup.sh does so on Ubuntu. All files are written in the task's own directory.
+# Prometheus (a `prometheus` on the PATH, 2.28 or later) and Grafana (`grafana` or `grafana-server`) have to be
+# installed on the node; node-setup.sh does so on Ubuntu. All files are written in the task's own directory.
 
 set -u
 umask 077
 
-head_ip="${RAY_HEAD_IP:-${RAY_HEAD_NODE_PRIVATE_IP:-}}"
-if [ -z "$head_ip" ]; then
+HEAD_IP="${RAY_HEAD_IP:-${RAY_HEAD_NODE_PRIVATE_IP:-}}"
+NODE_IP="${RAYDOG_NODE_IP:-}"
+if [ -z "$HEAD_IP" ]; then
     echo "RAY_HEAD_IP is not set: this script does not know where the Ray head is" >&2
+    exit 1
+fi
+if [ -z "$NODE_IP" ]; then
+    echo "RAYDOG_NODE_IP is not set: this script does not know at which address of the node to listen" >&2
     exit 1
 fi
 if ! command -v prometheus >/dev/null; then
@@ -23,32 +31,63 @@ if ! command -v prometheus >/dev/null; then
     exit 1
 fi
 
-here="$PWD"
+HERE="$PWD"
+TOKEN_FILE="$HERE/ray-token"
+# As they are written in URLs.
+HEAD="$HEAD_IP" NODE="$NODE_IP"
+[[ $HEAD != *:* ]] || HEAD="[$HEAD]"
+[[ $NODE != *:* ]] || NODE="[$NODE]"
+
+# Write a file: the standard input, with what only the node knows in the place of @NAME@.
+write_file() {
+    local text name
+    text=$(cat)
+    for name in HEAD NODE NODE_IP HERE TOKEN_FILE; do
+        text="${text//@$name@/"${!name}"}"
+    done
+    mkdir -p "$HERE/${1%/*}"
+    printf '%s\n' "$text" >"$HERE/$1"
+}
+
+# These files are the package's own (yellowdog_ray/raydog/observability).
+write_file ./prometheus.yml <<'END_OF_FILE'
+#include observability/prometheus.yml
+END_OF_FILE
+write_file grafana/grafana.ini <<'END_OF_FILE'
+#include observability/grafana.ini
+END_OF_FILE
+write_file grafana/provisioning/datasources/prometheus.yml <<'END_OF_FILE'
+#include observability/datasource.yml
+END_OF_FILE
+write_file grafana/provisioning/dashboards/ray.yml <<'END_OF_FILE'
+#include observability/dashboards.yml
+END_OF_FILE
+write_file ./ray_dashboards.py <<'END_OF_FILE'
+#include observability/ray_dashboards.py
+END_OF_FILE
+mkdir -p grafana/dashboards grafana/plugins
+if [ -n "${RAY_AUTH_TOKEN:-}" ]; then
+    printf '%s' "$RAY_AUTH_TOKEN" >"$TOKEN_FILE"
+else
+    sed -i '/credentials_file/d' prometheus.yml
+fi
+
 pids=()
 trap 'exit 143' TERM INT
 trap '[ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null; echo "Observability stopped"' EXIT
 
-# Ray's dashboard tells Prometheus which nodes there are, as they come and go; it asks for the token.
-authorization=""
-if [ -n "${RAY_AUTH_TOKEN:-}" ]; then
-    printf '%s' "$RAY_AUTH_TOKEN" >"$here/ray-token"
-    authorization="        authorization: {type: Bearer, credentials_file: '$here/ray-token'}"
-fi
-cat >"$here/prometheus.yml" <<EOF
-global:
-  scrape_interval: 10s
-  evaluation_interval: 10s
-scrape_configs:
-  - job_name: ray
-    http_sd_configs:
-      - url: http://$head_ip:8265/api/prometheus/sd
-        refresh_interval: 10s
-$authorization
-EOF
-
-prometheus --config.file="$here/prometheus.yml" --storage.tsdb.path="$here/prometheus-data" \
-    --web.listen-address=0.0.0.0:9090 &
+prometheus --config.file="$HERE/prometheus.yml" --storage.tsdb.path="$HERE/prometheus-data" \
+    --web.listen-address="$NODE:9090" &
 pids+=($!)
+
+python="${YD_AGENT_HOME:-/opt/yellowdog/agent}/venv/bin/python"
+[ -x "$python" ] || python=python3
+# In the background, for Bash to see the signal of an abort meanwhile.
+"$python" ray_dashboards.py grafana/dashboards &
+pids+=($!)
+wait "${pids[1]}" ||
+    echo "Grafana goes without Ray's dashboards, and Ray's dashboard has empty frames in its Metrics page" >&2
+unset "pids[1]"
 
 grafana=()
 if command -v grafana >/dev/null; then
@@ -57,30 +96,7 @@ elif command -v grafana-server >/dev/null; then
     grafana=(grafana-server)
 fi
 if [ ${#grafana[@]} -gt 0 ]; then
-    mkdir -p "$here/grafana/provisioning/datasources" "$here/grafana/provisioning/dashboards"
-    cat >"$here/grafana/provisioning/datasources/prometheus.yml" <<EOF
-apiVersion: 1
-datasources:
-  - {name: Prometheus, type: prometheus, access: proxy, url: 'http://localhost:9090', isDefault: true}
-EOF
-    # Grafana is reached through an SSH tunnel, so that it listens on localhost only. Ray's dashboard shows
-    # its panels in frames, for which it has to let viewers in without a password.
-    cat >"$here/grafana/grafana.ini" <<EOF
-[server]
-http_addr = 127.0.0.1
-http_port = 3000
-[security]
-allow_embedding = true
-[auth.anonymous]
-enabled = true
-org_role = Viewer
-[paths]
-data = $here/grafana/data
-logs = $here/grafana/logs
-plugins = $here/grafana/plugins
-provisioning = $here/grafana/provisioning
-EOF
-    "${grafana[@]}" --homepath="${GRAFANA_HOME:-/usr/share/grafana}" --config="$here/grafana/grafana.ini" &
+    "${grafana[@]}" --homepath="${GRAFANA_HOME:-/usr/share/grafana}" --config="$HERE/grafana/grafana.ini" &
     pids+=($!)
 else
     echo "Grafana is not installed on this node: Prometheus runs alone"
