@@ -10,6 +10,7 @@ import resource
 import signal
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -333,27 +334,49 @@ def test_a_change_that_raises(journal):
     assert json.loads(before)["pools"] == json.loads(journal.path.read_bytes())["pools"]
 
 
+class FirstComeLock:
+    """A lock that lets threads in as they came, which the usual one does not promise."""
+
+    def __init__(self):
+        self.queue: list[object] = []
+        self._changed = threading.Condition()
+
+    def __enter__(self):
+        me = object()
+        with self._changed:
+            self.queue.append(me)
+            self._changed.wait_for(lambda: self.queue[0] is me, 10)
+
+    def __exit__(self, *_error):
+        with self._changed:
+            self.queue.pop(0)
+            self._changed.notify_all()
+
+
 def test_interrupted_while_others_wait(journal):
     """An interrupt ends one thread's change, and those that others had given it to write are still made."""
-    gate, taken, waiting = threading.Event(), threading.Event(), threading.Event()
+    gate = threading.Event()
+    lock = journal._write_lock = FirstComeLock()
 
     def slow(state: ClusterState) -> ClusterState:
-        taken.set()
         assert gate.wait(10)
         return state
 
     def interrupted(_state: ClusterState) -> ClusterState:
         raise KeyboardInterrupt
 
+    def wait_for(count: int) -> None:
+        while len(lock.queue) < count:
+            time.sleep(0.001)
+
     with ThreadPoolExecutor(3) as threads:
         first = threads.submit(journal.update, slow)
-        assert taken.wait(10)
+        while not lock.queue or journal._pending:
+            time.sleep(0.001)
         stopped = threads.submit(journal.update, interrupted)
-        while not journal._pending:
-            waiting.wait(0.001)
+        wait_for(2)
         other = threads.submit(journal.update, adding("other"))
-        while len(journal._pending) < 2:
-            waiting.wait(0.001)
+        wait_for(3)
         gate.set()
         first.result(10)
         with pytest.raises(KeyboardInterrupt):
