@@ -26,7 +26,10 @@ from tests.ssh_fixtures import (
     system_sshd,
 )
 from yellowdog_ray.errors import SpecError, TunnelError
-from yellowdog_ray.utils import _ssh_connection, ray_ssh_tunnels
+from yellowdog_ray.utils import ray_ssh_tunnels
+from yellowdog_ray.utils._ssh import connection
+from yellowdog_ray.utils._ssh.hostkeys import HostKey
+from yellowdog_ray.utils._ssh.keys import load_key
 from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
 
 __all__ = ["ssh_server"]  # the fixture
@@ -162,7 +165,7 @@ def test_changed_host_key_stops_before_the_login(
     with pytest.raises(TunnelError, match="not the server that was expected") as caught:
         tunnels_to(ssh_server, spec, host_key=expected).start_tunnels()
     for line in (expected, ssh_server.host_key):
-        assert str(_ssh_connection.HostKey.parse(line)) in str(caught.value)
+        assert str(HostKey.parse(line)) in str(caught.value)
     assert not logins
     assert is_free(spec.local_port)
     assert before.gone()
@@ -201,7 +204,7 @@ def test_key_formats(tmp_path: Path, kind: str, form: str) -> None:
     path = tmp_path / "key"
     for passphrase in (None, "open sesame"):
         path.write_bytes(key.export_private_key(form, passphrase))
-        loaded = _ssh_connection.load_key(str(path), passphrase)
+        loaded = load_key(str(path), passphrase)
         assert loaded.asbytes() == key.public_data
 
 
@@ -298,7 +301,7 @@ def test_unknown_name(tmp_path: Path) -> None:
 
 def test_dropped_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that never answers is given up after the timeout."""
-    monkeypatch.setattr(_ssh_connection, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
         address = full.getsockname()
         fillers = [socket.socket() for _ in range(4)]  # once its queue is full, Linux drops what else comes
@@ -316,7 +319,7 @@ def test_not_an_ssh_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A server that speaks something else is told from one that is not there, without noise."""
-    monkeypatch.setattr(_ssh_connection, "CONNECT_TIMEOUT", 1.0)
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert "accepts connections, but SSH with it failed" in unreachable(silent.getsockname()[1], tmp_path)
     assert capfd.readouterr().err == ""

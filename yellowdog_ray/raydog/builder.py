@@ -156,6 +156,7 @@ class RayDogCluster(ClusterBuilding):
             },
             lifetime=cluster_lifetime,
             ray_auth=ray_auth,
+            direct=access == "direct",
         )
         self._token = secrets.token_hex(32) if ray_auth == "token" else None
         self._state_file = None if state_file is None else Path(state_file).expanduser()

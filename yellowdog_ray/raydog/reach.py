@@ -8,6 +8,7 @@ does not load paramiko, which only SSH needs.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from yellowdog_ray.utils._ssh.connection import Connection, Connector
     from yellowdog_ray.utils._ssh.route import Login
 
-__all__ = ["RayNode", "Reach", "SSHAccess"]
+__all__ = ["HeadVersions", "RayNode", "Reach", "SSHAccess"]
+
+log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT = 10.0  # seconds, for each of: TCP, SSH's greeting and key exchange, each login
 _ANSWER_TIMEOUT = 10.0  # seconds, for the whole of an answer
@@ -143,6 +146,18 @@ class RayNode:
     is_head: bool
 
 
+@dataclass(frozen=True)
+class HeadVersions:
+    """What a head runs.
+
+    :param ray: Ray's version; None where it is not told.
+    :param python: Python's version, as ``"3.11.7"``; None where it is not told.
+    """
+
+    ray: str | None
+    python: str | None
+
+
 class Reach:
     """One way to the nodes of a cluster: through SSH to its head where there is an access, else directly.
 
@@ -208,6 +223,33 @@ class Reach:
             nodes = self._list_nodes("&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
         return nodes
 
+    def versions(self) -> HeadVersions:
+        """Ask the head's dashboard what it runs, and with that whether the token is the right one.
+
+        Without SSH the dashboard may not be reachable, although the rest of Ray is: then it is the agent that
+        says whether the token is right, and the versions are not told.
+
+        :raises TunnelError: where there is no answer.
+        :raises ClusterStateError: where the token is refused, or this was closed.
+        """
+        try:
+            status, body = self._ask(_DASHBOARD_PORT, "/api/v0/cluster_metadata", self._token)
+        except TunnelError:
+            if self._access is not None:
+                raise
+            # Any page but those of its health needs the token, one that does not exist too.
+            status, body = self._ask(_AGENT_PORT, "/api/no-such-page", self._token)
+            self._check_token(status, body)
+            return HeadVersions(None, None)
+        self._check_token(status, body)
+        try:
+            data = json.loads(body)["data"]
+            return HeadVersions(str(data["rayVersion"]), str(data["pythonVersion"]))
+        except (ValueError, KeyError, TypeError):
+            # An older Ray, or another one.
+            log.debug("the head does not tell its versions: %s", excerpt(status, body))
+            return HeadVersions(None, None)
+
     def task_output(self, address: str, task_id: str, max_bytes: int = 1_000_000) -> str:
         """Read the end of what a task has printed so far, on the node that it runs on.
 
@@ -245,6 +287,11 @@ class Reach:
             )
         return output.decode(errors="replace")
 
+    @property
+    def address(self) -> str:
+        """The head's address: the first one, or the last one that has answered without SSH."""
+        return self._preferred
+
     def close(self) -> None:
         """Close the connection, if there is one; every later call is refused. Closing twice is no error."""
         with self._lock:
@@ -270,12 +317,7 @@ class Reach:
     def _list_nodes(self, selection: str) -> list[RayNode]:
         path = f"/api/v0/nodes?limit={_NODE_LIMIT}&timeout={_ANSWER_TIMEOUT:.0f}{selection}"
         status, body = self._ask(_DASHBOARD_PORT, path, self._token)
-        if status in (401, 403):
-            given = "does not accept the token of this cluster" if self._token else "asks for a token"
-            raise ClusterStateError(
-                f"Ray's dashboard on the head {given}: {excerpt(status, body)}. The right one is what the "
-                "head was started with, in RAY_AUTH_TOKEN"
-            )
+        self._check_token(status, body)
         try:
             if status != 200:
                 raise ValueError
@@ -284,6 +326,14 @@ class Reach:
             raise ClusterStateError(
                 f"Ray's dashboard on the head does not list the nodes: {excerpt(status, body)}"
             ) from error
+
+    def _check_token(self, status: int, body: bytes) -> None:
+        if status in (401, 403):
+            given = "does not accept the token of this cluster" if self._token else "asks for a token"
+            raise ClusterStateError(
+                f"Ray's dashboard on the head {given}: {excerpt(status, body)}. The right one is what the "
+                "head was started with, in RAY_AUTH_TOKEN"
+            )
 
     def _ask(self, port: int, path: str, token: str | None = None) -> tuple[int, bytes]:
         """Ask a web server on the head for a page, and return the HTTP status and the page."""
