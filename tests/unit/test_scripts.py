@@ -176,6 +176,13 @@ def test_head_options(agent):
     assert "--dashboard-host=127.0.0.1" in call.split()
 
 
+def test_head_whose_dashboard_listens_widely(agent):
+    """The dashboard listens where the cluster says."""
+    process = agent.start("head", RAYDOG_DASHBOARD_HOST="0.0.0.0", RAY_EXITS="0")
+    process.communicate(timeout=10)
+    assert "--dashboard-host=0.0.0.0" in agent.calls.read_text().splitlines()[0].split()
+
+
 def test_head_with_observability(agent):
     """Prometheus on the observability node reaches the dashboard, and only then does it listen widely."""
     agent.install("ray", RAY + 'env | grep -E "^RAY_(PROM|GRAF|USAGE)" >>"$CALLS"\n')

@@ -17,7 +17,6 @@ from yellowdog_ray.raydog.reach import Reach, SSHAccess
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
-    from ray.client_builder import ClientContext
 
     from yellowdog_ray.utils._tunnels.engines import EngineName
     from yellowdog_ray.utils.ray_ssh_tunnels import LocalPort, RayTunnels, SSHTunnelSpec
@@ -93,7 +92,7 @@ class ClusterSessions(ClusterInsight):
         engine: EngineName = "paramiko",
         isolate: bool = False,
         **options: Any,
-    ) -> Iterator[ClientContext]:
+    ) -> Iterator[Any]:
         """Open a Ray Client session on the cluster, which lasts as long as the block.
 
         ::
@@ -101,7 +100,8 @@ class ClusterSessions(ClusterInsight):
             with cluster.client():
                 print(ray.get(square.remote(3)))
 
-        It goes through a tunnel of its own, or, with ``access="direct"``, to the head's address.
+        It goes through a tunnel of its own, or, with ``access="direct"``, to the head's address. The block is
+        given what ``ray.init`` has returned.
 
         :param timeout: how long to wait until Ray on the head is ready, as a timedelta or in seconds.
         :param engine: of the tunnel, see :class:`.RayTunnels`; ``isolate`` too.

@@ -104,7 +104,8 @@ class TunnelStatus:
     """How tunnels are doing.
 
     :param state: ``"stopped"``; ``"up"``; ``"down"`` while the SSH connection is lost and made again; or
-        ``"refused"``, which is for good: the server's key has changed.
+        ``"refused"``, which is for good: the server's key has changed. Tunnels that were lost and do not come
+        back are ``"stopped"``, with the error.
     :param seconds: for how long it has been so.
     :param reconnects: how often the connection was lost and came back.
     :param connections: how many clients use the tunnels now; None where the engine does not tell.
@@ -131,7 +132,7 @@ class RayTunnels:
     """Tunnels to the ports of a Ray head node, over one SSH connection.
 
     Making one does nothing yet; :meth:`start_tunnels` or a ``with`` block connects. A connection that is
-    lost, or whose server has been silent for 12 seconds, is made again, as often as it takes. The local ports
+    lost, or whose server has been silent for 14 seconds, is made again, as often as it takes. The local ports
     stay open meanwhile, and new clients are held for up to 20 seconds.
 
     :param ray_head_ip_address: the head node's address or name (IPv4 or IPv6), or an alias in
@@ -215,7 +216,7 @@ class RayTunnels:
         )
         self._host, self._engine_name, self._isolate = ray_head_ip_address, engine, isolate
         self._login = access.login(ray_head_ip_address, known_hosts)
-        check_engine(engine, self._login)
+        check_engine(engine, self._login, self._forwards)
         self._ports: list[int] | None = None
 
     @staticmethod

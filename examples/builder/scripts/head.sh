@@ -5,6 +5,7 @@
 #   YD_AGENT_HOME       set by the YellowDog agent; Ray is in its venv
 #   RAYDOG_NODE_IP      the node's private address, the one that the workers are told
 #   OBSERVABILITY_HOST  the observability node's private address, where there is one
+#   RAYDOG_DASHBOARD_HOST  the address that the dashboard listens at, if not localhost only
 #   RAY_AUTH_MODE, RAY_AUTH_TOKEN   the cluster's token, where it is protected by one
 
 set -u
@@ -42,8 +43,8 @@ if [ -n "${RAYDOG_NODE_IP:-}" ]; then
 fi
 
 # The dashboard is reached through an SSH tunnel to the node's localhost. Only Prometheus, on the
-# observability node, has to reach it from elsewhere.
-dashboard_host=127.0.0.1
+# observability node, has to reach it from elsewhere, and a user without SSH.
+dashboard_host="${RAYDOG_DASHBOARD_HOST:-127.0.0.1}"
 if [ -n "${OBSERVABILITY_HOST:-}" ]; then
     dashboard_host=0.0.0.0
     export RAY_PROMETHEUS_HOST="${RAY_PROMETHEUS_HOST:-http://$OBSERVABILITY_HOST:9090}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -29,6 +29,7 @@ LIMITS: Mapping[EngineName, Mapping[str, str]] = {
         "half-close": "sshtunnel ends a connection when one of its ends has nothing more to send",
         "burst": "sshtunnel's ports take five new clients at a time, and reset some of a burst",
         "quick": "sshtunnel sets no TCP_NODELAY on local connections: answers in two parts wait 40 ms",
+        "local-ipv6": "sshtunnel's local ports have IPv4 addresses only",
         "jump": "sshtunnel cannot be given the connection to a bastion",
         "prompt-end": "sshtunnel waits for clients that do not read, and leaves their threads behind",
     },
@@ -60,7 +61,8 @@ class Forward:
 class LinkStatus:
     """How an SSH connection is doing.
 
-    :param state: ``"refused"`` is for good: the server's key has changed.
+    :param state: ``"down"`` while it is made again; ``"refused"`` is for good: the server's key has changed.
+        One that was lost and is not made again is ``"stopped"``, with the error.
     :param seconds: for how long it has been so.
     :param reconnects: how often it was lost and came back.
     :param connections: how many clients use the ports now; None where that is not known.
@@ -96,7 +98,7 @@ def make_engine(name: str, login: Login, forwards: list[Forward], isolate: bool 
     :param isolate: whether it works in a process of its own, as ssh does anyway.
     :raises SpecError: where there is none of this name, or it cannot do what it is asked for.
     """
-    check_engine(name, login)
+    check_engine(name, login, forwards)
     if name == "openssh":
         from yellowdog_ray.utils._tunnels.openssh import OpenSSH
 
@@ -114,7 +116,7 @@ def make_engine(name: str, login: Login, forwards: list[Forward], isolate: bool 
     return Forwarder(login, forwards)
 
 
-def check_engine(name: str, login: Login) -> None:
+def check_engine(name: str, login: Login, forwards: Sequence[Forward]) -> None:
     """Refuse an engine that there is not, or that cannot do what is asked for.
 
     :raises SpecError: with the reason.
@@ -126,6 +128,7 @@ def check_engine(name: str, login: Login) -> None:
         "passphrase": login.key_password is not None,
         "fingerprint": login.host_key is not None and login.host_key.strip().startswith("SHA256:"),
         "jump": login.jump is not None,
+        "local-ipv6": any(":" in forward.local_host for forward in forwards),
     }
     for what, wanted in asked.items():
         reason = LIMITS[name].get(what)  # type: ignore[index]

@@ -102,7 +102,7 @@ class Isolated:
 
     def status(self) -> LinkStatus:
         if self._process is not None and self._process.poll() is not None and not self._stopping:
-            return LinkStatus("down", last_error="The helper process has ended; start the tunnels again")
+            return LinkStatus("stopped", last_error="The helper process has ended; start the tunnels again")
         return replace(self._status, seconds=self._status.seconds + time.monotonic() - self._told_at)
 
     def _send(self, message: dict[str, Any]) -> None:

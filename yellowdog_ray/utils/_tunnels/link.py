@@ -20,8 +20,10 @@ __all__ = ["Link"]
 log = logging.getLogger(__name__)
 
 _LOOK = 0.2  # seconds between looks at the connection
-PING_SECONDS = 3.0  # between questions to a server that says nothing by itself
-SILENT_SECONDS = 9.0  # after a question, until a server is taken for dead
+_PING_SECONDS = 3.0  # between questions to a server that says nothing by itself
+# Until a server is taken for dead. A network that was cut for ten seconds is heard again before that: TCP
+# repeats what was lost after 6, and then after 13 seconds.
+_SILENT_SECONDS = 13.5
 
 # Bytes. A large window keeps a long way full; on a short one it makes sshd slow, by its buffers.
 _SMALLEST_WINDOW, _LARGEST_WINDOW = 2 << 20, 32 << 20
@@ -136,28 +138,30 @@ class Link:
     def _ask(self, connection: Connection) -> None:
         """Have the server speak now and then, so that its silence says something."""
         transport = connection.transport
-        while transport.is_active() and not self._closing.wait(PING_SECONDS):
+        while transport.is_active() and not self._closing.wait(_PING_SECONDS):
             with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
                 # It is answered, by a refusal; if not, this waits until the connection is given up.
                 transport.global_request("keepalive@openssh.com", wait=True)
 
     def _keep(self) -> None:
         """Watch the connection, and make it again."""
-        heard, silent = 0.0, 0.0
+        heard, silent, looked = 0.0, 0.0, time.monotonic()
         while not self._closing.wait(_LOOK):
+            now = time.monotonic()
+            # A process that was stopped for a while has not listened either.
+            passed, looked = min(now - looked, 1.0), now
             connection = self._connection
             if connection is None:
                 if not self._again():
                     return
-                heard, silent = 0.0, 0.0
+                heard, silent, looked = 0.0, 0.0, time.monotonic()
             elif not connection.is_active:
                 self._lost(connection, "it was closed by the server or the network")
             elif connection.heard != heard:
                 heard, silent = connection.heard, 0.0
             else:
-                # Counted in looks, not by the clock: a process that was stopped has not listened either.
-                silent += _LOOK
-                if silent > PING_SECONDS + SILENT_SECONDS:
+                silent += passed
+                if silent > _SILENT_SECONDS:
                     self._lost(connection, f"the server has been silent for {silent:.0f} s")
 
     def _lost(self, connection: Connection, reason: str) -> None:

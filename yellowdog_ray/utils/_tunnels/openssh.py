@@ -166,8 +166,8 @@ class OpenSSH:
             "ForwardAgent": "no",
             "LogLevel": "ERROR",
             "RequestTTY": "no",
-            "ServerAliveCountMax": "3",
-            "ServerAliveInterval": "3",
+            "ServerAliveCountMax": "6",  # which makes 14 s until a silent server is taken for dead
+            "ServerAliveInterval": "2",
             "UpdateHostKeys": "no",
         }
         if record is None:

@@ -31,7 +31,7 @@ class WithSSHTunnel:
         self._login, self._forwards, self._connector = login, forwards, Connector(login)
         self._forwarder: sshtunnel.SSHTunnelForwarder | None = None
         self._since = time.monotonic()
-        self._was_up = True
+        self._is_up = False
 
     def start(self) -> list[int]:
         self._connector.prepare()
@@ -83,8 +83,10 @@ class WithSSHTunnel:
 
     def status(self) -> LinkStatus:
         is_up = self._forwarder is not None and bool(self._forwarder.is_active)
-        if is_up != self._was_up:
-            self._was_up, self._since = is_up, time.monotonic()
-        state = "stopped" if self._forwarder is None else "up" if is_up else "down"
-        error = "The SSH connection was lost; sshtunnel does not make it again" if state == "down" else None
-        return LinkStatus(state, time.monotonic() - self._since, 0, None, error)  # type: ignore[arg-type]
+        if is_up != self._is_up:
+            self._is_up, self._since = is_up, time.monotonic()
+        seconds = time.monotonic() - self._since
+        if is_up:
+            return LinkStatus("up", seconds)
+        lost = "The SSH connection was lost, and sshtunnel does not make it again; start the tunnels again"
+        return LinkStatus("stopped", seconds, last_error=None if self._forwarder is None else lost)
