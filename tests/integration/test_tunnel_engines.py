@@ -571,3 +571,63 @@ def test_what_an_engine_cannot_do() -> None:
         assert "s3cret" not in str(caught.value)
     with pytest.raises(SpecError, match="engine must be one of 'paramiko', 'sshtunnel', 'openssh'"):
         RayTunnels("192.0.2.1", "user", engine="carrier-pigeon")  # type: ignore[arg-type]
+
+
+if os.geteuid() == 0:
+
+    @pytest.fixture
+    def far_server(tmp_path: Path) -> Iterator[tuple[SshServer, Callable[[bool], None], Path]]:
+        """An sshd in a network of its own, and a function that cuts the line to it and mends it."""
+        from pyroute2 import IPRoute, NetNS
+
+        holder = subprocess.Popen(["unshare", "--net", "sleep", "1000"])
+        name = f"rdt{os.getpid() % 100000}"
+        with IPRoute() as here, contextlib.ExitStack() as stack:
+            stack.callback(holder.wait)
+            stack.callback(holder.kill)
+            mine = os.readlink("/proc/self/ns/net")
+            assert eventually(lambda: os.readlink(f"/proc/{holder.pid}/ns/net") != mine)
+            here.link("add", ifname=name, kind="veth", peer={"ifname": "far0", "net_ns_pid": holder.pid})
+            (index,) = here.link_lookup(ifname=name)
+            here.addr("add", index=index, address="10.231.77.1", prefixlen=24)
+            here.link("set", index=index, state="up")
+            there = stack.enter_context(NetNS(f"/proc/{holder.pid}/ns/net", flags=0))
+            far, lo = there.link_lookup(ifname="far0")[0], there.link_lookup(ifname="lo")[0]
+            there.addr("add", index=far, address="10.231.77.2", prefixlen=24)
+            for one in (far, lo):
+                there.link("set", index=one, state="up")
+
+            def line(up: bool) -> None:
+                there.link("set", index=far, state="up" if up else "down")
+
+            prefix = ("nsenter", "--net", "-t", str(holder.pid))
+            address = "10.231.77.2"
+            server = stack.enter_context(system_sshd(tmp_path, address=address, prefix=prefix))
+            yield server, line, tmp_path
+            here.link("del", index=index)
+
+    def test_a_network_that_is_cut_for_ten_seconds(
+        far_server: tuple[SshServer, Callable[[bool], None], Path],
+    ) -> None:
+        """Connections through the tunnel outlast a cut of ten seconds; nothing has to be made again."""
+        server, line, _ = far_server
+        # What answers on the other side is sshd itself, which speaks first.
+        tunnels = RayTunnels(
+            "10.231.77.2",
+            server.user,
+            private_key_file=server.key,
+            ssh_port=server.port,
+            ray_tunnel_specs=[SSHTunnelSpec("localhost", 1, "10.231.77.2", server.port)],
+            local_port="auto",
+        )
+        with tunnels:
+            port = tunnels.ports[server.port]
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+                assert client.recv(4) == b"SSH-"
+                line(False)
+                time.sleep(10)
+                line(True)
+                client.sendall(b"SSH-2.0-a-client\r\n")
+                assert client.recv(1000)
+                assert len(client.recv(5)) > 0  # the answer to ours: its key exchange
+                assert (tunnels.status().state, tunnels.status().reconnects) == ("up", 0)

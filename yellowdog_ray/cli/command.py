@@ -198,7 +198,7 @@ def _add_ssh(parser: argparse.ArgumentParser) -> None:
     ssh.add_argument(
         "--ssh-key", metavar="FILE", help="its private key (without: the SSH agent's keys, and ~/.ssh)"
     )
-    ssh.add_argument("--ssh-port", type=int, metavar="N", help="the port of the SSH servers (22)")
+    ssh.add_argument("--ssh-port", type=int, metavar="N", help="the port of the SSH servers")
     ssh.add_argument("--ssh-host-key", metavar="KEY", help='the head\'s public key, "ssh-ed25519 AAAA..."')
     ssh.add_argument(
         "--ssh-password-env", metavar="VARIABLE", help="the environment variable that has the user's password"

@@ -254,8 +254,8 @@ class Reach:
         """Read the end of what a task has printed so far, on the node that it runs on.
 
         The node's agent has it in a file for as long as the task runs. A node other than the head is logged
-        in to from the head, at its private address, with the same user and key: its host key is not known,
-        so that any is accepted.
+        in to from the head, at its private address, with the same user and key. Its host key is recorded for
+        this task on first use, for another node may have the same address later.
 
         :param address: the private address of the task's node.
         :param task_id: the task's YDID.
@@ -365,9 +365,9 @@ class Reach:
                 self._preferred = address
                 return answer
         raise TunnelError(
-            f"{_sentences(problems)} Without SSH, this machine has to reach Ray's ports on the head, and the "
-            "default head script lets the dashboard listen on the head's localhost only: give "
-            "access=SSHAccess(...)"
+            f"{_sentences(problems)} Without SSH, this machine has to reach Ray's ports on the head. The "
+            "default head script lets the dashboard listen on the head's localhost only, unless the cluster "
+            'was built with access="direct" and a token: give access=SSHAccess(...)'
         )
 
     # SSH
