@@ -186,6 +186,33 @@ def test_failed_starts(server: SshServer, variant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_stopping_while_starting(server: SshServer, variant: str) -> None:
+    """A start that hangs ends when the tunnels are stopped, which takes no longer than usual."""
+    threads, processes = set(threading.enumerate()), children()
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tunnels = tunnels_to(server, variant, 1, ssh_port=silent.getsockname()[1])
+
+        def start() -> None:
+            with pytest.raises(TunnelError) as caught:
+                tunnels.start_tunnels()
+            said.append(str(caught.value))
+
+        starter = threading.Thread(target=start)
+        starter.start()
+        time.sleep(1)
+        began = time.monotonic()
+        tunnels.stop_tunnels(ignore_errors=False)
+        starter.join(3)
+        assert not starter.is_alive()
+        assert time.monotonic() - began < 2
+    assert len(said) == 1
+    assert tunnels.status().state == "stopped"
+    assert eventually(lambda: set(threading.enumerate()) <= threads)
+    assert eventually(lambda: children() <= processes)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_host_keys(
     server: SshServer, variant: str, tmp_path: Path, no_settings: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,6 +245,72 @@ def test_host_keys(
         with tunnels_to(server, variant, echo, known_hosts=record) as tunnels:
             assert ask(tunnels.ports[echo]) == b"hello"
         assert not record.exists()
+
+
+@contextlib.contextmanager
+def password_server() -> Iterator[int]:
+    """An SSH server that wants the password of user ``ray``; yields its port."""
+    import asyncio
+
+    import asyncssh
+
+    class Server(asyncssh.SSHServer):
+        def begin_auth(self, username: str) -> bool:
+            return True
+
+        def password_auth_supported(self) -> bool:
+            return True
+
+        def validate_password(self, username: str, password: str) -> bool:
+            return (username, password) == ("ray", "s3cret")
+
+        def connection_requested(self, *_: Any) -> bool:
+            return True
+
+    loop = asyncio.new_event_loop()
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    listening = asyncssh.listen("127.0.0.1", 0, server_host_keys=[key], server_factory=Server)
+    acceptor = loop.run_until_complete(listening)
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield acceptor.get_port()
+    finally:
+        asyncio.run_coroutine_threadsafe(_close(acceptor), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _close(acceptor: Any) -> None:
+    acceptor.close()
+    await acceptor.wait_closed()
+
+
+@pytest.mark.parametrize("variant", able("password"))
+def test_password(variant: str, tmp_path: Path) -> None:
+    """A password opens, after a key that does not; a wrong one is refused and not repeated."""
+    with echo_server() as echo, password_server() as port:
+        for password, key in (("s3cret", None), ("s3cret", tmp_path / "key"), ("wr0ng", None)):
+            if key is not None:
+                make_key(key)
+            tunnels = RayTunnels(
+                "127.0.0.1",
+                "ray",
+                password,
+                key,
+                ssh_port=port,
+                ray_tunnel_specs=[SSHTunnelSpec("localhost", 1, "127.0.0.1", echo)],
+                local_port="auto",
+                **VARIANTS[variant],
+            )
+            if password == "wr0ng":
+                with pytest.raises(SSHLoginError, match="with the password") as caught:
+                    tunnels.start_tunnels()
+                assert password not in str(caught.value)
+            else:
+                with tunnels:
+                    assert ask(tunnels.ports[echo]) == b"hello"
 
 
 @pytest.mark.parametrize("variant", able("fingerprint"))

@@ -190,7 +190,8 @@ class RayTunnels:
         from yellowdog_ray.utils._tunnels.engines import check_engine
 
         self._engine: Engine | None = None
-        self._lock = threading.RLock()
+        self._starting = threading.Lock()  # held while they are started, which may take long
+        self._lock = threading.Lock()  # for the engine and its ports, held for a moment only
         if not ray_head_ip_address:
             raise SpecError("The head node's address is empty: has the cluster been built?")
         if not ssh_user:
@@ -241,7 +242,7 @@ class RayTunnels:
         """
         from yellowdog_ray.utils._tunnels.engines import Forward, make_engine
 
-        with self._lock:
+        with self._starting:
             if self._engine is not None and self._engine.status().state in ("up", "down"):
                 return
             self.stop_tunnels()
@@ -254,22 +255,34 @@ class RayTunnels:
             # One more, for wait_for_ray.
             agent = Forward("127.0.0.1", 0, "127.0.0.1", _AGENT_PORT)
             engine = make_engine(self._engine_name, self._login, [*self._forwards, agent], self._isolate)
+            with self._lock:
+                self._engine = engine  # so that it can be stopped while it starts
             try:
-                self._ports = engine.start()
+                ports = engine.start()
             except BaseException:
+                with self._lock:
+                    if self._engine is engine:
+                        self._engine = None
                 engine.stop(time.monotonic() + _STOP_TIMEOUT)
                 raise
-            self._engine = engine
+            with self._lock:
+                if self._engine is engine:
+                    self._ports = ports
+                    return
+            engine.stop(time.monotonic() + _STOP_TIMEOUT)
+            raise TunnelError("The tunnels were stopped while they were started")
 
     def stop_tunnels(self, ignore_errors: bool = True) -> None:
         """Close all tunnels and whatever uses them, within 2 seconds; stopping twice is no error.
+
+        Tunnels that another thread is starting are given up; that thread gets a :class:`.TunnelError`.
 
         :param ignore_errors: whether to keep silent about what could not be closed.
         :raises TunnelError: with ``ignore_errors=False``, for what could not be closed.
         """
         with self._lock:
             engine, self._engine, self._ports = self._engine, None, None
-            problems = engine.stop(time.monotonic() + _STOP_TIMEOUT) if engine is not None else []
+        problems = engine.stop(time.monotonic() + _STOP_TIMEOUT) if engine is not None else []
         if problems and not ignore_errors:
             raise TunnelError(f"The tunnels to {self._where} did not close cleanly: {'; '.join(problems)}")
 

@@ -154,15 +154,24 @@ class Connector:
         accepted = None
         try:
             for hop in self._way:
-                began = time.monotonic()
-                before = transports[-1] if transports else None
-                sock = _open(hop, before, timeout, cancel)
-                round_trip += time.monotonic() - began
                 is_target = hop is self._way[-1]
-                transport = self._start_ssh(sock, hop, timeout, cancel, pinned=is_target)
-                transports.append(transport)
                 password = self.login.password if is_target else None
-                accepted = log_in(transport, hop.where, hop.user, self._keys[hop.where], password)
+                refused: list[str] = []
+                while True:
+                    began = time.monotonic()
+                    sock = _open(hop, transports[-1] if transports else None, timeout, cancel)
+                    spent = time.monotonic() - began
+                    transport = self._start_ssh(sock, hop, timeout, cancel, pinned=is_target)
+                    transports.append(transport)
+                    try:
+                        accepted = log_in(
+                            transport, hop.where, hop.user, self._keys[hop.where], password, refused
+                        )
+                    except _HungUpError:
+                        disconnect(transports.pop(), time.monotonic() + 1)
+                    else:
+                        break
+                round_trip += spent
                 cancel.watch(None)
         except BaseException:
             for transport in reversed(transports):
@@ -188,7 +197,8 @@ class Connector:
         try:
             if not self._way:
                 self.prepare()
-            log_in(transport, hop.where, login.user, self._keys[self._way[-1].where], login.password)
+            keys = self._keys[self._way[-1].where]
+            log_in(transport, hop.where, login.user, keys, login.password, [])
         except BaseException:
             connection.close(time.monotonic() + 1)
             raise
@@ -347,13 +357,26 @@ def disconnect(transport: paramiko.Transport, deadline: float) -> None:
         transport.join(max(0.0, deadline - time.monotonic()))
 
 
+class _HungUpError(TunnelError):
+    """The server has ended the connection after some attempts to log in, but not refused all of them."""
+
+
 def log_in(
-    transport: paramiko.Transport, where: str, user: str, keys: Sequence[NamedKey], password: str | None
+    transport: paramiko.Transport,
+    where: str,
+    user: str,
+    keys: Sequence[NamedKey],
+    password: str | None,
+    refused: list[str],
 ) -> NamedKey | None:
     """Log in with one of the keys and then, if they are refused, with the password if there is one.
 
     :param where: the server's name, for messages.
+    :param refused: what was refused over earlier connections, one for each attempt; what is refused now is
+        added.
     :returns: the key that was accepted; None where it was the password.
+    :raises _HungUpError: where another connection has to be made for further attempts. asyncssh's server is
+        one that takes only one from paramiko.
     :raises TunnelError: where neither is accepted; the transport is left to the caller.
     """
     attempts: list[tuple[str, NamedKey | None, Callable[[], Sequence[str]]]] = []
@@ -362,19 +385,19 @@ def log_in(
         attempts.append((named, (key, origin), partial(transport.auth_publickey, user, key)))
     if password:
         attempts.append(("the password", None, lambda: transport.auth_password(user, password)))
-    refused = []
-    for what, key_there, attempt in attempts:
+    first = len(refused)
+    for what, key_there, attempt in attempts[first:]:
         try:
             missing = attempt()
         except paramiko.BadAuthenticationType as error:
             refused.append(f"{what} (the server takes {', '.join(error.allowed_types) or 'nothing'})")
-        except paramiko.AuthenticationException:
-            if not transport.is_active():
-                raise TunnelError(f"{where} ended the connection at the login of user {user!r}") from None
-            refused.append(what)
         except (paramiko.SSHException, EOFError, OSError) as error:
+            if isinstance(error, paramiko.AuthenticationException) and transport.is_active():
+                refused.append(what)
+                continue
+            kind = TunnelError if len(refused) == first else _HungUpError
             reason = str(error) or type(error).__name__
-            raise TunnelError(f"{where} ended the login of user {user!r}: {reason}") from error
+            raise kind(f"{where} ended the login of user {user!r}: {reason}") from error
         else:
             if not missing:
                 return key_there

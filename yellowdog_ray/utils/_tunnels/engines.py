@@ -77,7 +77,7 @@ class LinkStatus:
 
 
 class Engine(Protocol):
-    """Forwards ports. It is started once, and stopped once."""
+    """Forwards ports. It is started once; it may be stopped twice, and while another thread starts it."""
 
     def start(self) -> list[int]:
         """Connect and forward all ports, or none; return the local ports, in the order of the forwards.

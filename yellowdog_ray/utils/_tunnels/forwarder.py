@@ -45,8 +45,8 @@ class Forwarder:
     def start(self) -> list[int]:
         self._link.prepare()
         self._listeners = bind_all(self._forwards)
-        self._link.open()
         self._wake = socket.socketpair()
+        self._link.open()
         self._acceptor = threading.Thread(target=self._accept, name="ray-tunnels-accept", daemon=True)
         self._acceptor.start()
         return [int(listener.getsockname()[1]) for listener in self._listeners]
@@ -55,7 +55,7 @@ class Forwarder:
         self._stopping = True
         if self._wake is not None:
             self._wake[1].close()
-        if self._acceptor is not None:
+        if self._acceptor is not None and self._acceptor.is_alive():
             self._acceptor.join(max(0.0, deadline - time.monotonic()))
         for listener in self._listeners:
             listener.close()

@@ -64,7 +64,7 @@ class OpenSSH:
             run, self._run = self._run, None
             self._say("stopped")
         problems = run.end(deadline) if run is not None else []
-        if self._keeper.ident is not None:
+        if self._keeper.is_alive():
             self._keeper.join(max(0.0, deadline - time.monotonic()))
             if self._keeper.is_alive():
                 problems.append("the thread that watches ssh has not ended")

@@ -9,7 +9,7 @@ import paramiko
 import sshtunnel
 
 from yellowdog_ray.errors import TunnelError
-from yellowdog_ray.utils._ssh.connection import Connector, quiet_log
+from yellowdog_ray.utils._ssh.connection import Cancel, Connector, quiet_log
 from yellowdog_ray.utils._ssh.route import Login
 from yellowdog_ray.utils._tunnels.engines import Forward, LinkStatus
 from yellowdog_ray.utils._tunnels.ports import free_ports
@@ -30,13 +30,14 @@ class WithSSHTunnel:
     def __init__(self, login: Login, forwards: list[Forward]) -> None:
         self._login, self._forwards, self._connector = login, forwards, Connector(login)
         self._forwarder: sshtunnel.SSHTunnelForwarder | None = None
+        self._cancel = Cancel()
         self._since = time.monotonic()
         self._is_up = False
 
     def start(self) -> list[int]:
         self._connector.prepare()
         ports = free_ports(self._forwards)
-        first = self._connector.connect()
+        first = self._connector.connect(cancel=self._cancel)
         try:
             key = first.transport.get_remote_server_key()
             host, port = first.transport.getpeername()[:2]
@@ -59,6 +60,7 @@ class WithSSHTunnel:
             logger=quiet_log,
         )
         forwarder.daemon_forward_servers = forwarder.daemon_transport = True
+        self._cancel.check()
         try:
             forwarder.start()
         except (sshtunnel.BaseSSHTunnelForwarderError, paramiko.SSHException, OSError) as error:
@@ -66,12 +68,14 @@ class WithSSHTunnel:
                 f"sshtunnel did not open the tunnels to {self._login.where}: {error}"
             ) from error
         self._forwarder = forwarder
+        self._cancel.check()
         # It passes over a port that it could not bind.
         if forwarder.local_bind_ports != ports:
             raise TunnelError(f"sshtunnel opened the ports {forwarder.local_bind_ports}, not {ports}")
         return ports
 
     def stop(self, deadline: float) -> list[str]:
+        self._cancel.set()
         forwarder, self._forwarder = self._forwarder, None
         if forwarder is None:
             return []
