@@ -529,7 +529,7 @@ def test_half_open_connections(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", able("jump"))
-@pytest.mark.parametrize("told", ["argument", "settings"])
+@pytest.mark.parametrize("told", ["argument", "settings", "command"])
 def test_bastion(server: SshServer, variant: str, told: str, tmp_path: Path, no_settings: Path) -> None:
     """The way may lead through a bastion, by argument or by the user's settings."""
     directory = tmp_path / "bastion"
@@ -554,6 +554,12 @@ def test_bastion(server: SshServer, variant: str, told: str, tmp_path: Path, no_
                 f"  IdentityFile {server.key}\n"
             )
             changes, host = {"private_key_file": None, "ssh_port": None}, "my-head"
+        if told == "command":
+            lines.append(
+                f"Host my-head\n  HostName 127.0.0.1\n  ProxyCommand ssh -F none -i {bastion.key}"
+                f" -p {bastion.port} -o UserKnownHostsFile={known} -o BatchMode=yes -W %h:%p {bastion.user}@127.0.0.1\n"
+            )
+            changes, host = {}, "my-head"
         config.write_text("\n".join(lines))
         tunnels = RayTunnels(
             host,
@@ -567,6 +573,13 @@ def test_bastion(server: SshServer, variant: str, told: str, tmp_path: Path, no_
             assert connections_to(bastion.port) == 1
             assert ask(tunnels.ports[echo]) == b"hello"
         assert eventually(lambda: connections_to(bastion.port) == 0)
+
+
+def test_settings_that_sshtunnel_cannot_follow(server: SshServer, no_settings: Path) -> None:
+    """A bastion that the user's settings name is not passed by silently."""
+    (no_settings / ".ssh" / "config").write_text("Host *\n  ProxyJump bastion.invalid\n")
+    with pytest.raises(TunnelError, match="sshtunnel cannot be given the connection to a bastion"):
+        tunnels_to(server, "sshtunnel", 1).start_tunnels()
 
 
 def _has_ipv6() -> bool:

@@ -125,9 +125,10 @@ class Connector:
         self._keys: dict[str, list[NamedKey]] = {}
         self._way: list[Hop] = []
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """Read the user's settings and keys, before anything else is done.
 
+        :returns: whether the server is connected to without anything in between.
         :raises TunnelError: where they are of no use.
         """
         login = self.login
@@ -139,6 +140,7 @@ class Connector:
         for hop in self._way[:-1]:
             named = [] if hop.identities else self._keys[target.where]
             self._keys.setdefault(hop.where, named or keys_to_try(None, None, None, hop.identities))
+        return len(self._way) == 1 and target.command is None
 
     def connect(self, timeout: float | None = None, cancel: Cancel | None = None) -> Connection:
         """Connect to the server, perhaps through others, check every key on the way and log in.

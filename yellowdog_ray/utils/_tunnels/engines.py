@@ -18,6 +18,8 @@ HOLD_SECONDS = 20.0
 """How long a new client waits while the connection is down."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.3, 5.0
 """Seconds between attempts to connect again: the first ones, and the later ones."""
+LOGIN_PAUSE = 30.0
+"""Seconds until the next attempt after the login was refused."""
 
 LIMITS: Mapping[EngineName, Mapping[str, str]] = {
     "paramiko": {},

@@ -9,11 +9,18 @@ import time
 
 import paramiko
 
-from yellowdog_ray.errors import HostKeyError, TunnelError
+from yellowdog_ray.errors import HostKeyError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.channels import quicken
 from yellowdog_ray.utils._ssh.connection import Cancel, Connection, Connector
 from yellowdog_ray.utils._ssh.route import Login
-from yellowdog_ray.utils._tunnels.engines import FIRST_PAUSE, HOLD_SECONDS, LONGEST_PAUSE, LinkStatus, State
+from yellowdog_ray.utils._tunnels.engines import (
+    FIRST_PAUSE,
+    HOLD_SECONDS,
+    LOGIN_PAUSE,
+    LONGEST_PAUSE,
+    LinkStatus,
+    State,
+)
 
 __all__ = ["Link"]
 
@@ -126,10 +133,15 @@ class Link:
             self._condition.notify_all()
 
     def _take(self, connection: Connection) -> None:
+        """Use a new connection.
+
+        :raises TunnelError: where it is no longer wanted.
+        """
         with self._condition:
             if self._closing.is_set():
                 connection.abort()
                 raise TunnelError("The tunnels were stopped while they were started")
+            self._reconnects += self._state == "down"
             self._connection = connection
             self._say("up")
             self._start(quicken, "ray-tunnels-quicken", connection.transport)
@@ -187,8 +199,9 @@ class Link:
                         self._say("refused")
                         log.error("The SSH connection to %s is not made again: %s", self._where, error)
                         return False
+                if isinstance(error, SSHLoginError):  # nobody is to be locked out for too many attempts
+                    pause = LOGIN_PAUSE
             else:
-                self._reconnects += 1
                 log.warning("The SSH connection to %s is there again", self._where)
                 return True
             if self._closing.wait(pause):

@@ -17,7 +17,14 @@ from yellowdog_ray.errors import HostKeyError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.connection import CONNECT_TIMEOUT
 from yellowdog_ray.utils._ssh.hostkeys import HostKey, default_record
 from yellowdog_ray.utils._ssh.route import USER_CONFIG, Login
-from yellowdog_ray.utils._tunnels.engines import FIRST_PAUSE, LONGEST_PAUSE, Forward, LinkStatus, State
+from yellowdog_ray.utils._tunnels.engines import (
+    FIRST_PAUSE,
+    LOGIN_PAUSE,
+    LONGEST_PAUSE,
+    Forward,
+    LinkStatus,
+    State,
+)
 from yellowdog_ray.utils._tunnels.ports import free_ports
 
 __all__ = ["OpenSSH"]
@@ -106,6 +113,7 @@ class OpenSSH:
             )
         with self._lock:
             if not self._closing.is_set():
+                self._reconnects += self._state == "down"
                 self._say("up")
 
     def _keep(self) -> None:
@@ -131,6 +139,7 @@ class OpenSSH:
     def _again(self) -> bool:
         pause = FIRST_PAUSE
         while not self._closing.wait(pause):
+            pause = min(2 * pause, LONGEST_PAUSE)
             try:
                 self._launch()
             except TunnelError as error:
@@ -139,11 +148,11 @@ class OpenSSH:
                     if isinstance(error, HostKeyError) and not self._closing.is_set():
                         self._say("refused")
                         return False
+                if isinstance(error, SSHLoginError):  # nobody is to be locked out for too many attempts
+                    pause = LOGIN_PAUSE
             else:
-                self._reconnects += 1
                 log.warning("The SSH connection to %s is there again", self._login.where)
                 return True
-            pause = min(2 * pause, LONGEST_PAUSE)
         return False
 
     def _record(self) -> Path | None:
@@ -151,7 +160,8 @@ class OpenSSH:
         if self._login.host_key is not None:
             return None
         record = Path(self._login.record) if self._login.record else default_record(self._login.host)
-        record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # then ssh says that it could not write it
+            record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return record
 
     def _command(self, record: Path | None) -> list[str]:

@@ -11,7 +11,7 @@ import sshtunnel
 from yellowdog_ray.errors import TunnelError
 from yellowdog_ray.utils._ssh.connection import Cancel, Connector, quiet_log
 from yellowdog_ray.utils._ssh.route import Login
-from yellowdog_ray.utils._tunnels.engines import Forward, LinkStatus
+from yellowdog_ray.utils._tunnels.engines import LIMITS, Forward, LinkStatus
 from yellowdog_ray.utils._tunnels.ports import free_ports
 
 __all__ = ["WithSSHTunnel"]
@@ -35,7 +35,11 @@ class WithSSHTunnel:
         self._is_up = False
 
     def start(self) -> list[int]:
-        self._connector.prepare()
+        if not self._connector.prepare():
+            raise TunnelError(
+                f'engine="sshtunnel" cannot follow your SSH settings to {self._login.where}: '
+                f"{LIMITS['sshtunnel']['jump']}"
+            )
         ports = free_ports(self._forwards)
         first = self._connector.connect(cancel=self._cancel)
         try:
