@@ -557,7 +557,8 @@ def test_bastion(server: SshServer, variant: str, told: str, tmp_path: Path, no_
         if told == "command":
             lines.append(
                 f"Host my-head\n  HostName 127.0.0.1\n  ProxyCommand ssh -F none -i {bastion.key}"
-                f" -p {bastion.port} -o UserKnownHostsFile={known} -o BatchMode=yes -W %h:%p {bastion.user}@127.0.0.1\n"
+                f" -p {bastion.port} -o UserKnownHostsFile={known} -o BatchMode=yes"
+                f" -W %h:%p {bastion.user}@127.0.0.1\n"
             )
             changes, host = {}, "my-head"
         config.write_text("\n".join(lines))

@@ -55,12 +55,14 @@ def test_jumps(config: Path) -> None:
     assert [hop.host for hop in way(config, text, jump="first,second")] == ["first", "10.0.0.2", "head"]
     assert [hop.host for hop in way(config, text, jump="none")] == ["head"]
     assert [hop.host for hop in way(config, "Host *\n ProxyJump none\n")] == ["head"]
+    assert [hop.host for hop in way(config, "Host *\n ProxyJump me@bastion\n")] == ["bastion", "head"]
 
 
 def test_commands(config: Path) -> None:
     """A ProxyCommand is taken with its words filled in; not where there is a bastion."""
     text = "Host head\n ProxyCommand nc %h %p\n"
     assert way(config, text)[-1].command == "nc head 22"
+    assert way(config, text, port=2222)[-1].command == "nc head 2222"
     assert way(config, text, jump="bastion")[-1].command is None
     assert way(config, "Host head\n ProxyCommand none\n")[-1].command is None
 
@@ -68,7 +70,7 @@ def test_commands(config: Path) -> None:
 def test_settings_that_are_of_no_use(config: Path) -> None:
     """Settings that cannot be read or go in circles are named."""
     with pytest.raises(TunnelError, match="circles"):
-        way(config, "Host *\n ProxyJump head\n")
+        way(config, "Host head\n ProxyJump other\nHost other\n ProxyJump head\n")
     with pytest.raises(TunnelError, match="cannot be read"):
         route(Login("head", "ray", ssh_config=str(config.with_name("missing"))))
 

@@ -108,26 +108,27 @@ class _Settings:
     """The user's ``~/.ssh/config``, as far as paramiko reads it: everything but ``Include``."""
 
     def __init__(self, file: str | None) -> None:
-        self._file = file
-        self._config: paramiko.SSHConfig | None = None
+        self._file, self._text = file, ""
         if file is None:
             return
         try:
-            text = Path(file).expanduser().read_text(encoding="utf-8")
-            self._config = paramiko.SSHConfig.from_text(text)
-        except (OSError, ValueError, paramiko.SSHException) as error:
+            self._text = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
             if file == USER_CONFIG and isinstance(error, FileNotFoundError):
                 return
             raise TunnelError(f"Your SSH settings in {file} cannot be read: {error}") from error
-        if any(line.split()[:1] in (["include"], ["Include"]) for line in text.splitlines()):
+        if any(line.split()[:1] in (["include"], ["Include"]) for line in self._text.splitlines()):
             log.info('Include lines in %s are not followed; engine="openssh" does that', file)
 
-    def of(self, host: str) -> paramiko.SSHConfigDict:
-        if self._config is None:
+    def of(self, host: str, user: str | None, port: int | None) -> paramiko.SSHConfigDict:
+        """Tell what they say of a host; what is given counts more, also where a command repeats it."""
+        if not self._text:
             return paramiko.SSHConfigDict()
+        # The first value of several is the one that counts.
+        given = (f"User {user}\n" if user else "") + (f"Port {port}\n" if port else "")
         try:
-            return self._config.lookup(host)
-        except (ImportError, paramiko.SSHException) as error:
+            return paramiko.SSHConfig.from_text(given + self._text).lookup(host)
+        except (ImportError, ValueError, paramiko.SSHException) as error:
             # "Match exec" needs a package that paramiko leaves to the user.
             raise TunnelError(f"Your SSH settings in {self._file} cannot be used: {error}") from error
 
@@ -139,7 +140,7 @@ def _way(
         raise TunnelError(
             f"Your SSH settings go in circles: the way to {host} has more than {_MOST_HOPS} hops"
         )
-    found = settings.of(host)
+    found = settings.of(host, user, port)
     address = str(found.get("hostname", host))
     hop = Hop(
         address,
@@ -154,6 +155,8 @@ def _way(
         command = str(found.get("proxycommand", "none"))
         if jump is None and command.lower() != "none":
             return [hop._replace(command=command)]
+        if jump is not None and jump.lower() != "none" and check_jump(jump)[0][1] in (host, address):
+            jump = None  # a bastion that the settings for all hosts name is not behind itself
     if jump is None or jump.lower() == "none":
         return [hop]
     way: list[Hop] = []
