@@ -66,3 +66,4 @@ def bench(session: nox.Session) -> None:
     session.install("-e", ".[local,ray]")
     session.run("python", "benchmarks/build_overhead.py", "--scale")
     session.run("python", "benchmarks/build_real.py", *session.posargs)
+    session.run("python", "benchmarks/tunnels.py", "--ray")

@@ -88,8 +88,8 @@ def eventually(condition: Callable[[], object], timeout: float = 5.0) -> bool:
     return True
 
 
-def _answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as sock:
+def _answers(port: int, address: str = "127.0.0.1") -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=2) as sock:
         return sock.recv(4) == b"SSH-"
     return False
 
@@ -107,18 +107,32 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def system_sshd(directory: Path) -> Iterator[SshServer]:
-    """The system's sshd, as the current user, with an Ed25519 and an ECDSA host key."""
+def system_sshd(
+    directory: Path, *, port: int | None = None, address: str = "127.0.0.1", prefix: tuple[str, ...] = ()
+) -> Iterator[SshServer]:
+    """The system's sshd, as the current user, with an Ed25519 and an ECDSA host key.
+
+    Keys that are in the directory already are used again.
+
+    :param prefix: a command that runs it.
+    """
     if not os.access(SSHD, os.X_OK):
         pytest.skip(f"there is no {SSHD} on this machine")
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it when it runs as root
-    host_key = make_key(directory / "host_ed25519")
-    make_key(directory / "host_ecdsa", "ecdsa-sha2-nistp256")
-    (directory / "authorized_keys").write_text(make_key(directory / "user") + "\n")
-    port = free_port()
+    for name, kind in (
+        ("host_ed25519", "ssh-ed25519"),
+        ("host_ecdsa", "ecdsa-sha2-nistp256"),
+        ("user", "ssh-ed25519"),
+    ):
+        if not (directory / name).exists():
+            make_key(directory / name, kind)
+    host_key = (directory / "host_ed25519.pub").read_text().strip()
+    if not (directory / "authorized_keys").exists():
+        (directory / "authorized_keys").write_text((directory / "user.pub").read_text())
+    port = port or free_port()
     (directory / "sshd_config").write_text(
-        f"""ListenAddress 127.0.0.1
+        f"""ListenAddress {address}
 Port {port}
 HostKey {directory}/host_ed25519
 HostKey {directory}/host_ecdsa
@@ -128,13 +142,16 @@ UsePAM no
 PasswordAuthentication no
 PermitRootLogin yes
 PidFile none
+MaxStartups 100
 Subsystem sftp internal-sftp
 """
     )
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(directory / "sshd_config")], stderr=log)
+        process = subprocess.Popen(
+            [*prefix, SSHD, "-D", "-e", "-f", str(directory / "sshd_config")], stderr=log
+        )
     try:
-        assert eventually(lambda: _answers(port) or process.poll() is not None)
+        assert eventually(lambda: _answers(port, address) or process.poll() is not None)
         assert process.poll() is None, (directory / "log").read_text()
         yield SshServer("sshd", port, getpass.getuser(), directory / "user", host_key, directory, process)
     finally:

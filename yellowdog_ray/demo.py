@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from yellowdog_ray.errors import LocalPlatformError, WaitTimeoutError
 from yellowdog_ray.local.nodes import NODE_MEMORY, free_memory
 from yellowdog_ray.local.platform import LocalPlatform, require_linux
 from yellowdog_ray.raydog.builder import RayDogCluster
-from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
+from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels
 
 __all__ = ["run"]
 
@@ -98,10 +97,7 @@ def _use(platform: LocalPlatform, address: str) -> None:
         private_key_file=platform.ssh_private_key_file,
         ssh_port=platform.ssh_port,
         host_key=platform.ssh_host_key,
-        # Local ports that nobody uses, so that a Ray of the user's own does not get in the way.
-        ray_tunnel_specs=[
-            SSHTunnelSpec("localhost", _free_port(), "localhost", remote) for remote in (10001, 8265)
-        ],
+        local_port="auto",  # so that a Ray of the user's own does not get in the way
     )
     with tunnels:
         with _step("Waiting for Ray on the head, through the tunnels"):
@@ -182,12 +178,6 @@ def _require_ray() -> None:
         import ray  # noqa: F401
     except ImportError:
         raise LocalPlatformError("the demo needs Ray: pip install 'yellowdog-ray[local,ray]'") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

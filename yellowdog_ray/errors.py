@@ -15,7 +15,9 @@
     │   └── BuildTimeoutError (TimeoutError)
     ├── TeardownError                     something may still be running; ``still_running`` lists it
     ├── WaitTimeoutError (TimeoutError)   what was waited for did not come in time
-    ├── TunnelError (OSError)             an SSH tunnel could not be made
+    ├── TunnelError (OSError)             an SSH connection or tunnel could not be made
+    │   ├── HostKeyError                  the server is not the one that was expected
+    │   └── SSHLoginError                 the server does not let the user in, or there is no key to try
     └── LocalPlatformError                the embedded platform could not start or work
 """
 
@@ -28,12 +30,14 @@ __all__ = [
     "BuildTimeoutError",
     "ClusterStateError",
     "CredentialsError",
+    "HostKeyError",
     "LocalPlatformError",
     "NameTakenError",
     "NotFoundError",
     "PlatformError",
     "PlatformUnreachableError",
     "RayDogError",
+    "SSHLoginError",
     "SpecError",
     "StateError",
     "TeardownError",
@@ -112,6 +116,14 @@ class WaitTimeoutError(RayDogError, TimeoutError):
 
 class TunnelError(RayDogError, OSError):
     """An SSH tunnel could not be made or kept."""
+
+
+class HostKeyError(TunnelError):
+    """An SSH server's key is not the one that was expected; it was shown no user name, password or key."""
+
+
+class SSHLoginError(TunnelError):
+    """An SSH server does not let the user in, or there is no key or password to try."""
 
 
 class LocalPlatformError(RayDogError):

@@ -8,7 +8,7 @@ YD_API_KEY_ID and YD_API_KEY_SECRET and, for what belongs to your account:
     RAYDOG_IMAGES_ID            an image, where the template names none
     RAYDOG_SSH_USER, RAYDOG_SSH_KEY   who may log in to the head, and the file of the private key
     RAYDOG_SSH_PORT             if the SSH servers of the nodes are not at port 22
-    RAYDOG_SSH_HOST_KEY         the head's public key; without it, any is accepted
+    RAYDOG_SSH_HOST_KEY         the head's public key; without it, the first one is believed
     YD_API_URL                  if your account is not at https://api.yellowdog.ai
 
 `raydog local start` prints all of these for a local platform that stays.
@@ -128,8 +128,7 @@ def main() -> int:
             cluster.build(head_node_build_timeout=timedelta(minutes=10), until="ray")
             state = cluster.save_state_to_json()
 
-            with cluster.tunnels() as tunnels:
-                ray.init(tunnels.client_address, logging_level=logging.ERROR)
+            with cluster.client(logging_level=logging.ERROR):
                 cluster.wait_for_workers(timeout=timedelta(minutes=10))
                 say(f"Ray's nodes: {addresses()}")
                 results = ray.get([square.remote(number) for number in range(20)])
@@ -142,7 +141,6 @@ def main() -> int:
                 say(f"with a third pool, and a second node in the second: {addresses()}")
                 cluster.remove_worker_pool_by_internal_name("first")
                 say(cluster.status())
-                ray.shutdown()
 
             # What a teardown script does with a state that was saved, wherever it runs. On this machine it
             # also finds what came later, the third pool, in the cluster's own state file.

@@ -152,14 +152,14 @@ def test_reach(world: World, tmp_path: Path) -> None:
 
         # The connection is lost, in the middle of nothing, without a word; then from several threads at once.
         for cut in (lambda sock: sock.close(), lambda sock: sock.shutdown(socket.SHUT_RDWR)):
-            lost = reach._transport
+            lost = reach._connection
             assert lost is not None
-            cut(lost.sock)
+            cut(lost.transport.sock)
             assert reach.health() is None
-            assert reach._transport is not lost
-        first = reach._transport
+            assert reach._connection is not lost
+        first = reach._connection
         assert first is not None
-        first.sock.shutdown(socket.SHUT_RDWR)
+        first.transport.sock.shutdown(socket.SHUT_RDWR)
         answers: list[int] = []
         threads = [threading.Thread(target=lambda: answers.append(len(reach.ray_nodes()))) for _ in range(8)]
         for thread in threads:

@@ -18,7 +18,6 @@ import pytest
 from tests.ssh_fixtures import (
     SshServer,
     echo_server,
-    end,
     eventually,
     free_port,
     make_key,
@@ -26,8 +25,12 @@ from tests.ssh_fixtures import (
     system_sshd,
 )
 from yellowdog_ray.errors import SpecError, TunnelError
-from yellowdog_ray.utils import _ssh_connection, ray_ssh_tunnels
-from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
+from yellowdog_ray.utils import ray_ssh_tunnels
+from yellowdog_ray.utils._ssh import connection
+from yellowdog_ray.utils._ssh.hostkeys import HostKey
+from yellowdog_ray.utils._ssh.keys import load_key
+from yellowdog_ray.utils._tunnels import forwarder
+from yellowdog_ray.utils.ray_ssh_tunnels import LocalPort, RayTunnels, SSHTunnelSpec
 
 __all__ = ["ssh_server"]  # the fixture
 
@@ -79,12 +82,12 @@ class Traces:
         self.threads, self.fds = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
 
     def gone(self) -> bool:
-        """Whether there are no more of them than there were."""
+        """Whether there are no more of them than there were; the servers of tests may need a moment too."""
         return eventually(
             lambda: (
                 set(threading.enumerate()) <= self.threads and len(os.listdir("/proc/self/fd")) <= self.fds
             ),
-            2,
+            5,
         )
 
 
@@ -162,7 +165,7 @@ def test_changed_host_key_stops_before_the_login(
     with pytest.raises(TunnelError, match="not the server that was expected") as caught:
         tunnels_to(ssh_server, spec, host_key=expected).start_tunnels()
     for line in (expected, ssh_server.host_key):
-        assert str(_ssh_connection.HostKey.parse(line)) in str(caught.value)
+        assert str(HostKey.parse(line)) in str(caught.value)
     assert not logins
     assert is_free(spec.local_port)
     assert before.gone()
@@ -201,7 +204,7 @@ def test_key_formats(tmp_path: Path, kind: str, form: str) -> None:
     path = tmp_path / "key"
     for passphrase in (None, "open sesame"):
         path.write_bytes(key.export_private_key(form, passphrase))
-        loaded = _ssh_connection.load_key(str(path), passphrase)
+        loaded = load_key(str(path), passphrase)
         assert loaded.asbytes() == key.public_data
 
 
@@ -298,7 +301,7 @@ def test_unknown_name(tmp_path: Path) -> None:
 
 def test_dropped_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that never answers is given up after the timeout."""
-    monkeypatch.setattr(_ssh_connection, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
         address = full.getsockname()
         fillers = [socket.socket() for _ in range(4)]  # once its queue is full, Linux drops what else comes
@@ -316,7 +319,7 @@ def test_not_an_ssh_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A server that speaks something else is told from one that is not there, without noise."""
-    monkeypatch.setattr(_ssh_connection, "CONNECT_TIMEOUT", 1.0)
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert "accepts connections, but SSH with it failed" in unreachable(silent.getsockname()[1], tmp_path)
     assert capfd.readouterr().err == ""
@@ -355,19 +358,20 @@ def test_nothing_is_left_after_five_rounds(ssh_server: SshServer, echo: int) -> 
     assert before.gone()
 
 
-def test_stop_is_bounded_by_no_client(ssh_server: SshServer, echo: int) -> None:
-    """A client that sends a lot and reads nothing cannot hold up the end, or outlive it."""
-    spec, before = to(echo), Traces()
-    tunnels = tunnels_to(ssh_server, spec)
-    tunnels.start_tunnels()
-    with socket.create_connection(("127.0.0.1", spec.local_port)) as client:
-        client.settimeout(0.5)
-        with pytest.raises(TimeoutError):
-            client.sendall(bytes(256 << 20))
-        start = time.monotonic()
-        tunnels.stop_tunnels(ignore_errors=False)
-        assert time.monotonic() - start < 2
-    assert before.gone()
+def test_stop_is_bounded_by_no_client(ssh_server: SshServer) -> None:
+    """A client that sends a lot, to one that reads nothing, cannot hold up the end, or outlive it."""
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        spec, before = to(deaf.getsockname()[1]), Traces()
+        tunnels = tunnels_to(ssh_server, spec)
+        tunnels.start_tunnels()
+        with socket.create_connection(("127.0.0.1", spec.local_port)) as client:
+            client.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                client.sendall(bytes(256 << 20))
+            start = time.monotonic()
+            tunnels.stop_tunnels(ignore_errors=False)
+            assert time.monotonic() - start < 2
+        assert before.gone()
 
 
 def test_what_does_not_close_is_told(
@@ -375,13 +379,15 @@ def test_what_does_not_close_is_told(
 ) -> None:
     """What outlives the stop is an error if that is asked for, and else is not."""
     monkeypatch.setattr(ray_ssh_tunnels, "_STOP_TIMEOUT", 0.3)
-    release, spec = threading.Event(), to(echo)
-    monkeypatch.setattr(ray_ssh_tunnels.sshtunnel._ForwardHandler, "handle", lambda _: release.wait(10))
+    release, entered, spec = threading.Event(), threading.Event(), to(echo)
+    monkeypatch.setattr(forwarder._Relay, "_receive", lambda *_: entered.set() or release.wait(10))
     tunnels = tunnels_to(ssh_server, spec)
     for ignore in (True, False):
         tunnels.start_tunnels()
         with socket.create_connection(("127.0.0.1", spec.local_port)):
-            assert eventually(lambda: tunnels._servers[0]._clients)
+            assert entered.wait(5)
+            entered.clear()
+            assert tunnels.status().connections == 1
             if ignore:
                 tunnels.stop_tunnels()
             else:
@@ -407,21 +413,6 @@ def test_remote_port_not_open_yet(ssh_server: SshServer, capfd: pytest.CaptureFi
     with tunnels_to(ssh_server, spec), pytest.raises((AssertionError, ConnectionError)):
         assert ask(spec.local_port) == b"hello"
     assert capfd.readouterr().err == ""
-
-
-def test_lost_connection_is_seen(ssh_server: SshServer, echo: int) -> None:
-    """When the server goes away the tunnels are no longer active, and stop quietly."""
-    spec = to(echo)
-    tunnels = tunnels_to(ssh_server, spec)
-    tunnels.start_tunnels()
-    if ssh_server.kind == "sshd":  # its connections outlive it: end the one that there is
-        children = Path(f"/proc/{ssh_server.process.pid}/task/{ssh_server.process.pid}/children").read_text()
-        for pid in children.split():
-            os.kill(int(pid), 9)
-    end(ssh_server.process)
-    assert eventually(lambda: not tunnels.is_active)
-    tunnels.stop_tunnels(ignore_errors=False)
-    assert is_free(spec.local_port)
 
 
 def test_specs_take_numbers_and_digits() -> None:
@@ -455,6 +446,8 @@ def test_ports_that_are_none(port: object) -> None:
             "a local port twice: 1",
         ),
         ({"host_key": "SHA256:abc"}, "host_key must be a public key line"),
+        ({"jump": "a b"}, "jump must be like"),
+        ({"jump": "-oProxyCommand=x"}, "jump must be like"),
         ({"host_key": "ssh-rsa AAAAC3NzaC1lZDI1NTE5AAAAIA=="}, "host_key must be a public key line"),
     ],
 )
@@ -529,11 +522,44 @@ def test_forgotten_tunnels_warn(ssh_server: SshServer, echo: int) -> None:
     spec = to(echo)
     tunnels = tunnels_to(ssh_server, spec)
     tunnels.start_tunnels()
-    servers, transport = tunnels._servers, tunnels._transport
+    engine = tunnels._engine
     with pytest.warns(ResourceWarning, match="<RayTunnels .* was never stopped"):
         del tunnels
     assert ask(spec.local_port) == b"hello"
-    assert transport is not None
-    transport.close()
-    for server in servers:
-        server.stop(time.monotonic() + 2)
+    assert engine is not None
+    engine.stop(time.monotonic() + 2)
+
+
+def test_local_ports() -> None:
+    """Local ports are the same as on the other side, free ones, or count up from a number."""
+
+    def ports(local_port: LocalPort | None, *numbers: int) -> dict[int, int]:
+        specs = [SSHTunnelSpec("localhost", 7000 + number, "localhost", number) for number in numbers]
+        return RayTunnels("192.0.2.1", "user", ray_tunnel_specs=specs, local_port=local_port).ports
+
+    assert ports(None, 10001, 8265) == {10001: 17001, 8265: 15265}
+    assert ports("match", 10001, 8265) == {10001: 10001, 8265: 8265}
+    assert ports("auto", 10001, 8265) == {}
+    assert ports(30000, 10001, 8265) == {10001: 30000, 8265: 30001}
+    for wrong in ("any", 0, 65536, True, 1.5):
+        with pytest.raises(SpecError, match="local_port must be"):
+            ports(wrong, 10001)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="counted up"):
+        ports(65535, 10001, 8265)
+
+
+def test_grafana_and_prometheus() -> None:
+    """Their addresses are told where their ports are forwarded."""
+    specs = [SSHTunnelSpec("localhost", port + 1, "10.0.0.9", port) for port in (3000, 9090)]
+    tunnels = RayTunnels("192.0.2.1", "user", ray_tunnel_specs=specs)
+    assert (tunnels.grafana_url, tunnels.prometheus_url) == ("http://127.0.0.1:3001", "http://127.0.0.1:9091")
+    assert RayTunnels("192.0.2.1", "user").grafana_url is None
+
+
+def test_a_local_port_for_everybody_warns(
+    ssh_server: SshServer, echo: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A local port that is open to the network is one that somebody asked for, and it is said."""
+    spec = SSHTunnelSpec("0.0.0.0", free_port(), "localhost", echo)
+    with tunnels_to(ssh_server, spec):
+        assert "Whoever reaches this machine at 0.0.0.0" in caplog.text

@@ -166,3 +166,14 @@ def test_environment(role, expected):
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "t0k",
     }
+
+
+@pytest.mark.parametrize(
+    ("role", "token", "widely"), [("head", "t0k", True), ("worker", "t0k", False), ("head", None, False)]
+)
+def test_dashboard_of_a_direct_cluster(role, token, widely):
+    """Whoever connects without SSH reaches the dashboard, but only where a token protects it."""
+    variables = plan.environment(
+        role, head_ip="10.0.0.1", node_ip=None, observability_ip=None, token=token, direct=True
+    )
+    assert ("RAYDOG_DASHBOARD_DIRECT" in variables) is widely

@@ -206,6 +206,18 @@ def test_head_options(agent):
     assert "--dashboard-host=127.0.0.1" in call.split()
 
 
+def test_head_whose_dashboard_all_may_reach(agent):
+    """Without SSH the dashboard is reached at the node's address; it listens on localhost nevertheless."""
+    agent.install("python", f'#!/bin/bash\necho "python $*" >>"$CALLS"\nexec {sys.executable} "$@"\n')
+    own = f"127.{os.getpid() % 200 + 20}.77.5"
+    process = agent.start("head", RAYDOG_DASHBOARD_DIRECT="1", RAYDOG_NODE_IP=own)
+    agent.wait_for_call("ray start")
+    agent.wait_for_call(f"python - {own} 8265 any")
+    process.terminate()
+    process.communicate(timeout=10)
+    assert "--dashboard-host=127.0.0.1" in agent.calls.read_text()
+
+
 def test_head_with_observability(agent):
     """The dashboard stays on localhost; its way for Prometheus lets the observability node through alone."""
     agent.install("ray", RAY + 'env | grep -E "^RAY_(PROM|GRAF|USAGE)|_METRIC_PORT" >>"$CALLS"\n')

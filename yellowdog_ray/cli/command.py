@@ -203,7 +203,7 @@ def _add_ssh(parser: argparse.ArgumentParser, own: bool = True) -> None:
     ssh.add_argument(
         "--ssh-key", metavar="FILE", help="its private key (without: the SSH agent's keys, and ~/.ssh)"
     )
-    ssh.add_argument("--ssh-port", type=int, metavar="N", help="the port of the SSH servers (22)")
+    ssh.add_argument("--ssh-port", type=int, metavar="N", help="the port of the SSH servers")
     if not own:
         parser.set_defaults(ssh_host_key=None, ssh_password_env=None)
         return

@@ -98,7 +98,7 @@ def read_access(options: argparse.Namespace) -> SSHAccess | None:
             options.ssh_user,
             None if options.ssh_key is None else Path(options.ssh_key).expanduser(),
             password,
-            port=22 if options.ssh_port is None else options.ssh_port,
+            port=options.ssh_port,
             host_key=options.ssh_host_key,
         )
     except SpecError as error:

@@ -262,6 +262,7 @@ class Assembly:
             node_ip=pool.private_ip,
             observability_ip=None if self.observability is None else self.observability.private_ip,
             token=self.token(),
+            direct=self.cluster.direct,
         )
 
     def _submitter(self, pool: BuiltPool, operation: Operation) -> Callable[[], None]:

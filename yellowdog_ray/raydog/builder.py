@@ -157,6 +157,7 @@ class RayDogCluster(ClusterBuilding):
             },
             lifetime=cluster_lifetime,
             ray_auth=ray_auth,
+            direct=access == "direct",
         )
         self._token = new_token() if ray_auth == "token" else None
         self._state_file = None if state_file is None else Path(state_file).expanduser()

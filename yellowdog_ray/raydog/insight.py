@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from yellowdog_ray.errors import (
     ClusterStateError,
@@ -26,9 +26,6 @@ from yellowdog_ray.raydog.status import ClusterStatus, PoolStatus
 from yellowdog_ray.raydog.survey import survey
 from yellowdog_ray.raydog.transport import Operation
 from yellowdog_ray.raydog.waiting import Wait, WorkerCount
-
-if TYPE_CHECKING:
-    from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
 
 __all__ = ["ClusterInsight"]
 
@@ -165,30 +162,6 @@ class ClusterInsight(ClusterRecord):
         except Exception as error:
             log.warning("The output of the nodes could not be kept: %s: %s", type(error).__name__, error)
 
-    def tunnels(self, ray_tunnel_specs: Sequence[SSHTunnelSpec] | None = None) -> RayTunnels:
-        """Make tunnels to the head, with what the cluster knows; they are not open yet.
-
-        :param ray_tunnel_specs: the ports to forward; by default 10001 (Ray Client) and 8265 (dashboard).
-        :raises ClusterStateError: where there is no head, or the cluster has no ``access`` by SSH.
-        """
-        from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels
-
-        access, address = self._access, self.head_node_public_ip or self.head_node_private_ip
-        if address is None:
-            raise ClusterStateError(f"there is no head to make tunnels to: the cluster is {self._life}")
-        if not isinstance(access, SSHAccess):
-            raise ClusterStateError("tunnels need SSH: give the cluster access=SSHAccess(...)")
-        return RayTunnels(
-            address,
-            access.user,
-            access.password,
-            access.private_key_file,
-            access.private_key_password,
-            ray_tunnel_specs,
-            access.port,
-            host_key=access.host_key,
-        )
-
     def _way(self) -> Reach | None:
         """Return the way to the head's Ray and the nodes' output, kept open; None where there is none."""
         with self._lock:
@@ -199,4 +172,11 @@ class ClusterInsight(ClusterRecord):
     def _new_reach(self, built: Assembly) -> Reach:
         addresses = [address for address in (built.head.public_ip, built.head.private_ip) if address]
         access = self._access if isinstance(self._access, SSHAccess) else None
-        return Reach(addresses, access, self._ray_token())
+        return Reach(addresses, access, self._ray_token(), record=self._host_keys_file)
+
+    @property
+    def _host_keys_file(self) -> Path | None:
+        """The file for the host keys of this cluster's nodes; None where it has no state file."""
+        from yellowdog_ray.utils._ssh.hostkeys import record_beside
+
+        return None if self._journal is None else record_beside(self._journal.path)

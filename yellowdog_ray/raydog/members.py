@@ -14,11 +14,11 @@ from yellowdog_ray.errors import (
 )
 from yellowdog_ray.raydog import assembly, events, plan, scaling
 from yellowdog_ray.raydog.core import Phase
-from yellowdog_ray.raydog.insight import ClusterInsight
 from yellowdog_ray.raydog.journal import Journal
 from yellowdog_ray.raydog.parameters import worker_pool_spec
 from yellowdog_ray.raydog.pools import BuiltPool
 from yellowdog_ray.raydog.scripts import get_script
+from yellowdog_ray.raydog.sessions import ClusterSessions
 from yellowdog_ray.raydog.specs import (
     MAX_NODES,
     check_count,
@@ -31,7 +31,7 @@ from yellowdog_ray.raydog.undo import cancel_tasks
 __all__ = ["ClusterMembers"]
 
 
-class ClusterMembers(ClusterInsight):
+class ClusterMembers(ClusterSessions):
     """The part of a cluster that has worker pools."""
 
     def add_worker_pool(

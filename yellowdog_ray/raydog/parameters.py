@@ -49,6 +49,7 @@ def cluster_spec(
     observability: Mapping[str, Any],
     lifetime: timedelta | None,
     ray_auth: RayAuth,
+    direct: bool = False,
 ) -> ClusterSpec:
     """Make the spec of a cluster.
 
@@ -70,6 +71,7 @@ def cluster_spec(
         observability=observing,
         lifetime=lifetime,
         ray_auth=ray_auth,
+        direct=direct,
     )
 
 

@@ -249,7 +249,13 @@ def work_requirement(
 
 
 def environment(
-    role: Role, *, head_ip: str, node_ip: str | None, observability_ip: str | None, token: str | None
+    role: Role,
+    *,
+    head_ip: str,
+    node_ip: str | None,
+    observability_ip: str | None,
+    token: str | None,
+    direct: bool = False,
 ) -> dict[str, str]:
     """Make the complete environment of a task.
 
@@ -261,6 +267,8 @@ def environment(
         in the field tell a worker by ``RAY_HEAD_IP`` being set.
     :param node_ip: the node's own private address, where it is known before its task runs.
     :param token: the cluster's Ray token, None where Ray's authentication is off.
+    :param direct: whether the cluster's user connects to the dashboard at the head's own address. It can be
+        reached there only where the token protects it.
     """
     variables: dict[str, str] = {}
     if role != "head":
@@ -273,6 +281,8 @@ def environment(
     if token is not None:
         variables["RAY_AUTH_MODE"] = "token"
         variables["RAY_AUTH_TOKEN"] = token
+        if direct and role == "head":
+            variables["RAYDOG_DASHBOARD_DIRECT"] = "1"
     return variables
 
 

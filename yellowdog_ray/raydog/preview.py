@@ -158,6 +158,7 @@ def _tasks(cluster: ClusterSpec, pool: PoolPlan, token: bool, dump: Callable[[ob
         node_ip={"head": HEAD_IP, "observability": OBSERVABILITY_IP, "worker": None}[pool.role],
         observability_ip=observability_ip,
         token=MASK if token else None,
+        direct=cluster.direct,
     )
     # One batch has the first task; the others are like it, and there may be thousands.
     first = next(plan.task_batches(pool, variables))[0]

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 
-__all__ = ["activate", "deactivate"]
+__all__ = ["activate", "deactivate", "is_connected"]
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def activate(token: str) -> bool:
     :returns: whether the token is now in use.
     """
     with _lock:
-        if _ray_is_connected():
+        if is_connected():
             log.warning(
                 "Ray is connected in this process and keeps using its token; before connecting to the new "
                 "cluster, call ray.shutdown() and then the cluster's use_ray_auth()"
@@ -77,7 +77,7 @@ def _put(token: str) -> None:
     _refresh_ray()
 
 
-def _ray_is_connected() -> bool:
+def is_connected() -> bool:
     """Tell whether Ray is connected in this process, from its own flags.
 
     ``ray.is_initialized()`` would not do: in a Ray Client session it asks the server, without any time
@@ -87,8 +87,8 @@ def _ray_is_connected() -> bool:
     if getattr(worker, "connected", False):
         return True
     client = getattr(sys.modules.get("ray.util.client"), "ray", None)
-    is_connected = getattr(client, "is_connected", None)
-    return bool(is_connected()) if is_connected is not None else False
+    client_is_connected = getattr(client, "is_connected", None)
+    return bool(client_is_connected()) if client_is_connected is not None else False
 
 
 def _refresh_ray() -> None:
@@ -98,7 +98,7 @@ def _refresh_ray() -> None:
     later is not sent) and the first token that it used.
     """
     raylet = sys.modules.get("ray._raylet")
-    if raylet is None or _ray_is_connected():
+    if raylet is None or is_connected():
         return
     try:
         # The mode first: a token that is looked for while the mode is on has to be there.

@@ -7,9 +7,8 @@ does not load paramiko, which only SSH needs.
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
+import logging
 import os
 import re
 import socket
@@ -18,14 +17,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from yellowdog_ray.errors import ClusterStateError, SpecError, TunnelError
+from yellowdog_ray.utils._http import excerpt, get
 
 if TYPE_CHECKING:
     import paramiko
 
-__all__ = ["RayNode", "Reach", "SSHAccess"]
+    from yellowdog_ray.utils._ssh.connection import Connection, Connector
+    from yellowdog_ray.utils._ssh.route import Login
+
+__all__ = ["HeadVersions", "RayNode", "Reach", "SSHAccess"]
+
+log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT = 10.0  # seconds, for each of: TCP, SSH's greeting and key exchange, each login
 _ANSWER_TIMEOUT = 10.0  # seconds, for the whole of an answer
@@ -49,9 +54,16 @@ class SSHAccess:
         neither key nor password, the keys of the SSH agent and the unencrypted ones in ``~/.ssh`` are tried.
     :param password: that user's password, where there is no key; tried after the key, where there are both.
     :param private_key_password: the passphrase of that file.
-    :param port: the port of the nodes' SSH servers, 22 by default.
-    :param host_key: the head's public key, as in ``ssh_host_ed25519_key.pub`` (``"ssh-ed25519 AAAA..."``). A
-        server with another one is refused before it learns any credential. By default any key is accepted.
+    :param port: the port of the nodes' SSH servers; None for what ``~/.ssh/config`` says, or else 22.
+    :param host_key: the head's public key, as in ``ssh_host_ed25519_key.pub`` (``"ssh-ed25519 AAAA..."``), or
+        its fingerprint (``"SHA256:..."``). A server with another one is refused before it learns any
+        credential. Of a server that nobody knows, the key is recorded on first use, for this cluster, and
+        later no other one is accepted.
+    :param strict_host_key: whether servers are refused that neither ``host_key`` nor a known_hosts file
+        names.
+    :param jump: a bastion, or several, as ``ssh -J`` takes them (``"user@bastion:22"``); None for what
+        ``~/.ssh/config`` says.
+    :param ssh_config: whether ``~/.ssh/config`` is read; or another file of its kind.
     :raises SpecError: for input that cannot work.
     """
 
@@ -59,15 +71,20 @@ class SSHAccess:
     private_key_file: str | os.PathLike[str] | None = None
     password: str | None = field(default=None, repr=False)
     private_key_password: str | None = field(default=None, repr=False)
-    port: int = 22
+    port: int | None = None
     host_key: str | None = None
+    strict_host_key: bool = False
+    jump: str | None = None
+    ssh_config: bool | str | os.PathLike[str] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.user, str) or not self.user.strip():
             raise SpecError(
                 f"An SSH user is needed, such as the one that the nodes' image has, not {self.user!r}"
             )
-        if isinstance(self.port, bool) or not isinstance(self.port, int) or not 1 <= self.port <= 65535:
+        if self.port is not None and (
+            isinstance(self.port, bool) or not isinstance(self.port, int) or not 1 <= self.port <= 65535
+        ):
             raise SpecError(f"port must be a port number from 1 to 65535, not {self.port!r}")
         if self.private_key_file is not None and (
             not isinstance(self.private_key_file, (str, os.PathLike)) or not os.fspath(self.private_key_file)
@@ -80,11 +97,37 @@ class SSHAccess:
         if self.private_key_password is not None and self.private_key_file is None:
             raise SpecError("private_key_password opens private_key_file, which is not given")
         if self.host_key is not None:
-            from yellowdog_ray.utils._ssh_connection import HostKey
+            from yellowdog_ray.utils._ssh.hostkeys import parse_pin
 
-            if not isinstance(self.host_key, str):
-                raise SpecError(f"host_key must be a public key line, not {self.host_key!r}")
-            HostKey.parse(self.host_key)
+            parse_pin(self.host_key)
+        if self.jump is not None:
+            from yellowdog_ray.utils._ssh.route import check_jump
+
+            check_jump(self.jump)
+
+    def login(self, host: str, record: str | os.PathLike[str] | None = None) -> Login:
+        """Tell how to log in to one server.
+
+        :param host: its address.
+        :param record: the file for host keys on first use.
+        """
+        from yellowdog_ray.utils._ssh.route import USER_CONFIG, Login
+
+        file = os.fspath(self.private_key_file) if self.private_key_file is not None else None
+        config = USER_CONFIG if self.ssh_config is True else self.ssh_config
+        return Login(
+            host,
+            self.user,
+            self.port,
+            self.password,
+            None if file is None else os.path.expanduser(file),
+            self.private_key_password,
+            self.jump,
+            os.fspath(config) if config else None,
+            self.host_key,
+            self.strict_host_key,
+            None if record is None else os.fspath(record),
+        )
 
 
 @dataclass(frozen=True)
@@ -103,6 +146,18 @@ class RayNode:
     is_head: bool
 
 
+@dataclass(frozen=True)
+class HeadVersions:
+    """What a head runs.
+
+    :param ray: Ray's version; None where it is not told.
+    :param python: Python's version, as ``"3.11.7"``; None where it is not told.
+    """
+
+    ray: str | None
+    python: str | None
+
+
 class Reach:
     """One way to the nodes of a cluster: through SSH to its head where there is an access, else directly.
 
@@ -113,10 +168,19 @@ class Reach:
     :param addresses: the head's addresses, the public one first; the first that answers is used.
     :param access: how to log in to the nodes; None for no SSH.
     :param token: the cluster's token, where Ray is protected by one.
+    :param record: the file for host keys on first use, by default the cluster's own, or a common one, in the
+        directory of the state files.
     :raises SpecError: where there is no address, or the token cannot be one.
     """
 
-    def __init__(self, addresses: Sequence[str], access: SSHAccess | None, token: str | None = None) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        access: SSHAccess | None,
+        token: str | None = None,
+        *,
+        record: str | os.PathLike[str] | None = None,
+    ) -> None:
         self._addresses = list(dict.fromkeys(address for address in addresses if address))
         if isinstance(addresses, str) or not self._addresses:
             raise SpecError(f"The head's addresses must be a list that is not empty, not {addresses!r}")
@@ -126,7 +190,9 @@ class Reach:
             )
         self._access, self._token = access, token
         self._preferred = self._addresses[0]
-        self._transport: paramiko.Transport | None = None
+        self._record = record
+        self._connectors: dict[str, Connector] = {}
+        self._connection: Connection | None = None
         self._closed = False
         self._connecting = threading.Lock()  # held while a connection is made, which may take long
         self._lock = threading.Lock()  # for the two above it, held for a moment only
@@ -141,7 +207,7 @@ class Reach:
             status, body = self._ask(_AGENT_PORT, "/api/local_raylet_healthz")
         except TunnelError as error:
             return str(error)
-        return None if status == 200 else f"Ray on the head is not healthy: {_excerpt(status, body)}"
+        return None if status == 200 else f"Ray on the head is not healthy: {excerpt(status, body)}"
 
     def ray_nodes(self) -> list[RayNode]:
         """List the nodes that Ray knows, with those that have left it.
@@ -157,12 +223,39 @@ class Reach:
             nodes = self._list_nodes("&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
         return nodes
 
+    def versions(self) -> HeadVersions:
+        """Ask the head's dashboard what it runs, and with that whether the token is the right one.
+
+        Without SSH the dashboard may not be reachable, although the rest of Ray is: then it is the agent that
+        says whether the token is right, and the versions are not told.
+
+        :raises TunnelError: where there is no answer.
+        :raises ClusterStateError: where the token is refused, or this was closed.
+        """
+        try:
+            status, body = self._ask(_DASHBOARD_PORT, "/api/v0/cluster_metadata", self._token)
+        except TunnelError:
+            if self._access is not None:
+                raise
+            # Any page but those of its health needs the token, one that does not exist too.
+            status, body = self._ask(_AGENT_PORT, "/api/no-such-page", self._token)
+            self._check_token(status, body)
+            return HeadVersions(None, None)
+        self._check_token(status, body)
+        try:
+            data = json.loads(body)["data"]
+            return HeadVersions(str(data["rayVersion"]), str(data["pythonVersion"]))
+        except (ValueError, KeyError, TypeError):
+            # An older Ray, or another one.
+            log.debug("the head does not tell its versions: %s", excerpt(status, body))
+            return HeadVersions(None, None)
+
     def task_output(self, address: str, task_id: str, max_bytes: int = 1_000_000) -> str:
         """Read the end of what a task has printed so far, on the node that it runs on.
 
         The node's agent has it in a file for as long as the task runs. A node other than the head is logged
-        in to from the head, at its private address, with the same user and key: its host key is not known,
-        so that any is accepted.
+        in to from the head, at its private address, with the same user and key. Its host key is recorded for
+        this task on first use, for another node may have the same address later.
 
         :param address: the private address of the task's node.
         :param task_id: the task's YDID.
@@ -184,7 +277,7 @@ class Reach:
         if address in self._addresses:
             answer = self._on_head(lambda head: _run(head, command))
         else:
-            answer = self._on_head(lambda head: self._run_on_worker(head, address, command))
+            answer = self._on_head(lambda head: self._run_on_worker(head, address, task_id, command))
         status, output, problem = answer
         if status != 0:
             raise ClusterStateError(
@@ -194,13 +287,18 @@ class Reach:
             )
         return output.decode(errors="replace")
 
+    @property
+    def address(self) -> str:
+        """The head's address: the first one, or the last one that has answered without SSH."""
+        return self._preferred
+
     def close(self) -> None:
         """Close the connection, if there is one; every later call is refused. Closing twice is no error."""
         with self._lock:
             self._closed = True
-            transport, self._transport = self._transport, None
-        if transport is not None:
-            _disconnect(transport)
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            _disconnect(connection)
 
     def __enter__(self) -> Reach:
         return self
@@ -219,20 +317,23 @@ class Reach:
     def _list_nodes(self, selection: str) -> list[RayNode]:
         path = f"/api/v0/nodes?limit={_NODE_LIMIT}&timeout={_ANSWER_TIMEOUT:.0f}{selection}"
         status, body = self._ask(_DASHBOARD_PORT, path, self._token)
-        if status in (401, 403):
-            given = "does not accept the token of this cluster" if self._token else "asks for a token"
-            raise ClusterStateError(
-                f"Ray's dashboard on the head {given}: {_excerpt(status, body)}. The right one is what the "
-                "head was started with, in RAY_AUTH_TOKEN"
-            )
+        self._check_token(status, body)
         try:
             if status != 200:
                 raise ValueError
             return [_node(entry) for entry in json.loads(body)["data"]["result"]["result"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ClusterStateError(
-                f"Ray's dashboard on the head does not list the nodes: {_excerpt(status, body)}"
+                f"Ray's dashboard on the head does not list the nodes: {excerpt(status, body)}"
             ) from error
+
+    def _check_token(self, status: int, body: bytes) -> None:
+        if status in (401, 403):
+            given = "does not accept the token of this cluster" if self._token else "asks for a token"
+            raise ClusterStateError(
+                f"Ray's dashboard on the head {given}: {excerpt(status, body)}. The right one is what the "
+                "head was started with, in RAY_AUTH_TOKEN"
+            )
 
     def _ask(self, port: int, path: str, token: str | None = None) -> tuple[int, bytes]:
         """Ask a web server on the head for a page, and return the HTTP status and the page."""
@@ -240,10 +341,10 @@ class Reach:
             return self._ask_directly(port, path, token)
 
         def ask(head: paramiko.Transport) -> tuple[int, bytes]:
-            from yellowdog_ray.utils._ssh_connection import open_tcp
+            from yellowdog_ray.utils._ssh.channels import open_tcp
 
             channel = open_tcp(head, "127.0.0.1", port, _CONNECT_TIMEOUT)
-            return _get(channel, f"Port {port} of the head", path, token)
+            return get(channel, f"Port {port} of the head", path, token, _ANSWER_TIMEOUT)
 
         return self._on_head(ask)
 
@@ -255,7 +356,7 @@ class Reach:
             where = f"{address}:{port}"
             try:
                 sock = socket.create_connection((address, port), _CONNECT_TIMEOUT)
-                answer = _get(sock, where, path, token)
+                answer = get(sock, where, path, token, _ANSWER_TIMEOUT)
             except TunnelError as error:
                 problems.append(str(error))
             except OSError as error:
@@ -264,152 +365,110 @@ class Reach:
                 self._preferred = address
                 return answer
         raise TunnelError(
-            f"{_sentences(problems)} Without SSH, this machine has to reach Ray's ports on the head, and the "
-            "default head script lets the dashboard listen on the head's localhost only: give "
-            "access=SSHAccess(...)"
+            f"{_sentences(problems)} Without SSH, this machine has to reach Ray's ports on the head. The "
+            "default head script lets the dashboard listen on the head's localhost only, unless the cluster "
+            'was built with access="direct" and a token: give access=SSHAccess(...)'
         )
 
     # SSH
 
     def _on_head(self, work: Callable[[paramiko.Transport], _T]) -> _T:
         """Do something over the connection to the head, and again over a new one if that was lost."""
-        transport, is_new = self._connection()
+        connection, is_new = self._connected()
         try:
-            return work(transport)
+            return work(connection.transport)
         except TunnelError:
-            from yellowdog_ray.utils._ssh_connection import is_alive
+            from yellowdog_ray.utils._ssh.channels import is_alive
 
             if self._closed:
                 raise self._closed_error() from None
-            if is_new or is_alive(transport):
+            if is_new or is_alive(connection.transport):
                 raise
-        self._drop(transport)
-        return work(self._connection()[0])
+        self._drop(connection)
+        return work(self._connected()[0].transport)
 
-    def _connection(self) -> tuple[paramiko.Transport, bool]:
+    def _connected(self) -> tuple[Connection, bool]:
         """Return the connection to the head and whether it was made just now."""
         with self._connecting:
             with self._lock:
                 if self._closed:
                     raise self._closed_error()
-                transport = self._transport
-            if transport is not None:
-                if transport.is_active():
-                    return transport, False
-                self._drop(transport)
-            transport = self._connect()
+                connection = self._connection
+            if connection is not None:
+                if connection.is_active:
+                    return connection, False
+                self._drop(connection)
+            connection = self._connect()
             with self._lock:
                 if not self._closed:
-                    self._transport = transport
-                    return transport, True
-        _disconnect(transport)
+                    self._connection = connection
+                    return connection, True
+        _disconnect(connection)
         raise self._closed_error()
 
-    def _connect(self) -> paramiko.Transport:
-        from yellowdog_ray.utils._ssh_connection import HostKey, connect, quicken
+    def _connect(self) -> Connection:
+        from yellowdog_ray.errors import SSHLoginError
+        from yellowdog_ray.utils._ssh.channels import quicken
 
-        assert self._access is not None  # noqa: S101 - for the type checker
-        host_key = HostKey.parse(self._access.host_key) if self._access.host_key else None
         problems = []
         for address in self._addresses:
             try:
-                transport = connect(address, self._access.port, host_key, _CONNECT_TIMEOUT)
+                connection = self._connector(address).connect(_CONNECT_TIMEOUT)
+            except SSHLoginError:
+                raise  # the other address is the same machine
             except TunnelError as error:
-                problems.append(str(error))
+                problems.append(error)
                 continue
-            self._log_in(transport, address)
-            quicken(transport)
-            return transport
-        raise TunnelError(_sentences(problems))
+            threading.Thread(
+                target=quicken, args=(connection.transport,), name="raydog-quicken", daemon=True
+            ).start()
+            return connection
+        if len(problems) == 1:
+            raise problems[0]
+        raise TunnelError(_sentences([str(problem) for problem in problems]))
 
-    def _log_in(self, transport: paramiko.Transport, address: str) -> None:
-        """Log in, or close the connection."""
-        from yellowdog_ray.utils._ssh_connection import keys_to_try, log_in
-
-        access = self._access
-        assert access is not None  # noqa: S101 - for the type checker
-        file = os.fspath(access.private_key_file) if access.private_key_file is not None else None
-        try:
-            keys = keys_to_try(file, access.private_key_password, access.password)
-            log_in(transport, address, access.user, keys, access.password)
-        except BaseException:
-            _disconnect(transport)
-            raise
-
-    def _run_on_worker(self, head: paramiko.Transport, address: str, command: str) -> tuple[int, bytes, str]:
-        from yellowdog_ray.utils._ssh_connection import open_tcp, start_ssh
+    def _connector(self, address: str) -> Connector:
+        from yellowdog_ray.utils._ssh.connection import Connector
 
         assert self._access is not None  # noqa: S101 - for the type checker
-        channel = open_tcp(head, address, self._access.port, _CONNECT_TIMEOUT)
-        where = f"{address}:{self._access.port} (from the head)"
-        worker = start_ssh(channel, where, None, _CONNECT_TIMEOUT)
-        self._log_in(worker, address)
+        if address not in self._connectors:
+            self._connectors[address] = Connector(self._access.login(address, self._record))
+        return self._connectors[address]
+
+    def _run_on_worker(
+        self, head: paramiko.Transport, address: str, task_id: str, command: str
+    ) -> tuple[int, bytes, str]:
+        from yellowdog_ray.utils._ssh.channels import open_tcp
+
+        # Keys and known host keys are those of the head's connector, with a name of its own in the record.
+        connector = self._connector(self._addresses[0])
+        assert self._access is not None  # noqa: S101 - for the type checker
+        port = self._access.port or 22
+        channel = open_tcp(head, address, port, _CONNECT_TIMEOUT)
+        worker = connector.log_in_over(channel, address, port, f"{address}+{task_id}", _CONNECT_TIMEOUT)
         try:
-            return _run(worker, command)
+            return _run(worker.transport, command)
         finally:
             _disconnect(worker)
 
-    def _drop(self, transport: paramiko.Transport) -> None:
+    def _drop(self, connection: Connection) -> None:
         with self._lock:
-            if self._transport is transport:
-                self._transport = None
-        _disconnect(transport)
+            if self._connection is connection:
+                self._connection = None
+        _disconnect(connection)
 
     def _closed_error(self) -> ClusterStateError:
         return ClusterStateError("This way to the cluster's nodes was closed: make a new Reach")
 
 
 def _run(transport: paramiko.Transport, command: str) -> tuple[int, bytes, str]:
-    from yellowdog_ray.utils._ssh_connection import run
+    from yellowdog_ray.utils._ssh.channels import run
 
     return run(transport, command, _ANSWER_TIMEOUT)
 
 
-def _disconnect(transport: paramiko.Transport) -> None:
-    from yellowdog_ray.utils._ssh_connection import disconnect
-
-    disconnect(transport, time.monotonic() + _CLOSE_TIMEOUT)
-
-
-def _get(
-    sock: socket.socket | paramiko.Channel, where: str, path: str, token: str | None
-) -> tuple[int, bytes]:
-    """Ask for a page over an open connection and close it.
-
-    :raises TunnelError: where the answer does not come, or not within its time.
-    """
-    expired = threading.Event()
-
-    def expire() -> None:
-        expired.set()
-        # The one wakes a read of a socket, the other a read of a channel.
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-        sock.close()
-
-    # The time limit of a socket would be one for each of its reads.
-    timer = threading.Timer(_ANSWER_TIMEOUT, expire)
-    timer.daemon = True
-    timer.start()
-    request = [f"GET {path} HTTP/1.1", "Host: localhost", "Connection: close"]
-    if token:
-        request.append(f"Authorization: Bearer {token}")
-    with contextlib.closing(sock):
-        try:
-            sock.settimeout(_ANSWER_TIMEOUT)
-            sock.sendall("".join(f"{line}\r\n" for line in [*request, ""]).encode())
-            # An HTTPConnection would close a channel before it has been read. The response only reads, for
-            # which a channel is as good as a socket.
-            with http.client.HTTPResponse(cast(socket.socket, sock), method="GET") as response:
-                response.begin()
-                return response.status, response.read()
-        except (http.client.HTTPException, EOFError, OSError) as error:
-            if expired.is_set() or isinstance(error, TimeoutError):
-                raise TunnelError(f"{where} did not answer within {_ANSWER_TIMEOUT:g} s") from error
-            reason = str(error).rstrip(".") or type(error).__name__
-            raise TunnelError(f"{where} ends connections without an answer: {reason}") from error
-        finally:
-            timer.cancel()
+def _disconnect(connection: Connection) -> None:
+    connection.close(time.monotonic() + _CLOSE_TIMEOUT)
 
 
 def _node(entry: dict[str, Any]) -> RayNode:
@@ -423,9 +482,3 @@ def _node(entry: dict[str, Any]) -> RayNode:
 
 def _sentences(problems: Sequence[str]) -> str:
     return " ".join(text if text.endswith((".", "?")) else f"{text}." for text in problems)
-
-
-def _excerpt(status: int, body: bytes) -> str:
-    """Quote the beginning of an answer in one line."""
-    text = " ".join(body[:300].decode(errors="replace").split())
-    return f"HTTP {status}, {text!r}" if text else f"HTTP {status}"

@@ -250,6 +250,7 @@ class ClusterSpec(_Spec):
     :param observability: the observability node, None if there is none.
     :param lifetime: after this time the platform itself ends the cluster; None for never.
     :param ray_auth: ``"token"`` or ``"off"``.
+    :param direct: whether its user connects to the nodes' addresses without SSH.
     """
 
     name: Name
@@ -259,6 +260,7 @@ class ClusterSpec(_Spec):
     observability: NodeSpec | None = None
     lifetime: Duration | None = None
     ray_auth: RayAuth = "token"
+    direct: bool = False
 
     @model_validator(mode="after")
     def _derived_names_fit(self) -> ClusterSpec:

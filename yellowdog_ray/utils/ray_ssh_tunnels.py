@@ -1,51 +1,49 @@
-"""SSH tunnels to a Ray head node: its client server and its dashboard, on local ports.
+"""SSH tunnels to a Ray head node: its client server, its dashboard and more, on local ports.
 
 ::
 
     with RayTunnels(cluster.head_node_public_ip, "yd-agent", private_key_file="key.pem") as tunnels:
         ray.init(tunnels.client_address)
 
-All ports share one SSH connection. Only this machine can use them, unless a :class:`SSHTunnelSpec`
-names another local address.
+All ports share one SSH connection, which comes back by itself when it is lost. Only this machine can use
+them, unless a :class:`SSHTunnelSpec` names another local address.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import logging
 import os
 import socket
 import threading
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
-
-import paramiko
-import sshtunnel
+from typing import TYPE_CHECKING, Literal
 
 from yellowdog_ray.errors import ClusterStateError, SpecError, TunnelError, WaitTimeoutError
-from yellowdog_ray.utils._ssh_connection import (
-    HostKey,
-    ask_http,
-    connect,
-    disconnect,
-    load_key,
-    log_in,
-    own_keys,
-    quicken,
-    quiet_log,
-)
+from yellowdog_ray.utils._http import get
 
-__all__ = ["RayTunnels", "SSHTunnelSpec"]
+if TYPE_CHECKING:
+    from yellowdog_ray.utils._tunnels.engines import Engine, EngineName, Forward
+
+__all__ = ["LocalPort", "RayTunnels", "SSHTunnelSpec", "TunnelStatus"]
+
+log = logging.getLogger(__name__)
 
 _CLIENT_PORT = 10001
 _DASHBOARD_PORT = 8265
+_GRAFANA_PORT = 3000
+_PROMETHEUS_PORT = 9090
 _AGENT_PORT = 52365  # Ray's default for --dashboard-agent-listen-port
-_STOP_TIMEOUT = 2.0  # seconds
+_STOP_TIMEOUT = 1.9  # seconds
+_ANSWER_TIMEOUT = 10.0  # seconds
+_LOCAL = ("localhost", "::1")
+
+LocalPort = Literal["match", "auto"] | int
+"""``"match"`` for the number on the head, ``"auto"`` for one that nobody uses, or a number."""
 
 
 def _port(value: int | str, what: str) -> int:
@@ -101,21 +99,71 @@ class SSHTunnelSpec:
         return _port(self.remote_bind_ip_address, "remote_bind_ip_address")
 
 
+@dataclass(frozen=True)
+class TunnelStatus:
+    """How tunnels are doing.
+
+    :param state: ``"stopped"``; ``"up"``; ``"down"`` while the SSH connection is lost and made again; or
+        ``"refused"``, which is for good: the server's key has changed. Tunnels that were lost and do not come
+        back are ``"stopped"``, with the error.
+    :param seconds: for how long it has been so.
+    :param reconnects: how often the connection was lost and came back.
+    :param connections: how many clients use the tunnels now; None where the engine does not tell.
+    :param last_error: why the connection was lost the last time, or cannot be made again.
+    :param ports: local ports by the ports on the other side.
+    :param engine: what forwards them.
+    """
+
+    state: Literal["stopped", "up", "down", "refused"]
+    seconds: float
+    reconnects: int
+    connections: int | None
+    last_error: str | None
+    ports: dict[int, int] = field(default_factory=dict)
+    engine: str = "paramiko"
+
+    def __str__(self) -> str:
+        ports = ", ".join(f"{local}->{remote}" for remote, local in self.ports.items())
+        error = f"; {self.last_error}" if self.last_error else ""
+        return f"{self.state} for {self.seconds:.0f} s, {ports}, {self.reconnects} reconnects{error}"
+
+
 class RayTunnels:
     """Tunnels to the ports of a Ray head node, over one SSH connection.
 
-    Making one does nothing yet; :meth:`start_tunnels` or a ``with`` block connects.
+    Making one does nothing yet; :meth:`start_tunnels` or a ``with`` block connects. A connection that is
+    lost, or whose server has been silent for 14 seconds, is made again, as often as it takes. The local ports
+    stay open meanwhile, and new clients are held for up to 20 seconds.
 
-    :param ray_head_ip_address: the head node's address or name.
+    :param ray_head_ip_address: the head node's address or name (IPv4 or IPv6), or an alias in
+        ``~/.ssh/config``.
     :param ssh_user: the user to log in as.
     :param password: that user's password, where there is no key; tried after the key, where there are both.
-    :param private_key_file: the file of the private key (OpenSSH, PEM or PKCS#8; RSA, ECDSA or Ed25519). With
-        neither key nor password, the keys of the SSH agent and the unencrypted ones in ``~/.ssh`` are tried.
+    :param private_key_file: the file of the private key (OpenSSH, PEM or PKCS#8; RSA, ECDSA or Ed25519), with
+        a certificate beside it where there is one. With neither key nor password, the keys of the SSH agent,
+        the unencrypted ones that ``~/.ssh/config`` names and those in ``~/.ssh`` are tried.
     :param private_key_password: the passphrase of that file.
     :param ray_tunnel_specs: the ports to forward; by default 10001 (Ray Client) and 8265 (dashboard).
-    :param ssh_port: the port of the SSH server, 22 by default.
-    :param host_key: the server's public key, as in ``ssh_host_ed25519_key.pub`` (``"ssh-ed25519 AAAA..."``).
-        A server with another one is refused before it learns any credential. By default any key is accepted.
+    :param ssh_port: the port of the SSH server; None for what ``~/.ssh/config`` says, or else 22.
+    :param host_key: the server's public key, as in ``ssh_host_ed25519_key.pub`` (``"ssh-ed25519 AAAA..."``),
+        or its fingerprint (``"SHA256:..."``). A server with another one is refused before it learns any
+        credential. Without it, ``~/.ssh/known_hosts`` says which key is right; and of a server that nobody
+        knows, the key is recorded on first use, and no other one is accepted later.
+    :param strict_host_key: whether a server is refused that neither ``host_key`` nor a known_hosts file
+        names.
+    :param known_hosts: the file for keys on first use. By default it belongs to the cluster whose head has
+        this address, by its state file, and is removed with it; where there is none, it is ``known_hosts`` in
+        the directory of the state files.
+    :param jump: a bastion, or several, as ``ssh -J`` takes them (``"user@bastion:22"``); None for what
+        ``~/.ssh/config`` says.
+    :param ssh_config: whether ``~/.ssh/config`` is read; or another file of its kind.
+    :param local_port: ``"match"`` for the same numbers as on the other side, ``"auto"`` for numbers that
+        nobody uses, or the number of the first tunnel, from which the others count up. None for what
+        ``ray_tunnel_specs`` say.
+    :param engine: ``"paramiko"`` for RayDog's own forwarder, ``"openssh"`` for the program ``ssh``, or
+        ``"sshtunnel"``. What each of them cannot do is told by :meth:`limits`.
+    :param isolate: whether the forwarder works in a process of its own: in this one, Python code that is busy
+        slows the tunnels down.
     :raises SpecError: for input that cannot work.
     """
 
@@ -127,29 +175,57 @@ class RayTunnels:
         private_key_file: str | os.PathLike[str] | None = None,
         private_key_password: str | None = None,
         ray_tunnel_specs: Sequence[SSHTunnelSpec] | None = None,
-        ssh_port: int = 22,
+        ssh_port: int | None = None,
         *,
         host_key: str | None = None,
+        strict_host_key: bool = False,
+        known_hosts: str | os.PathLike[str] | None = None,
+        jump: str | None = None,
+        ssh_config: bool | str | os.PathLike[str] = True,
+        local_port: LocalPort | None = None,
+        engine: EngineName = "paramiko",
+        isolate: bool = False,
     ) -> None:
-        self._servers: list[_Server] = []
-        self._transport: paramiko.Transport | None = None
-        self._lock = threading.RLock()
+        from yellowdog_ray.raydog.reach import SSHAccess
+        from yellowdog_ray.utils._tunnels.engines import check_engine
+
+        self._engine: Engine | None = None
+        self._starting = threading.Lock()  # held while they are started, which may take long
+        self._lock = threading.Lock()  # for the engine and its ports, held for a moment only
         if not ray_head_ip_address:
             raise SpecError("The head node's address is empty: has the cluster been built?")
         if not ssh_user:
             raise SpecError("An SSH user is needed, such as the one that the node's image was made with")
         if ray_tunnel_specs is None:
             ray_tunnel_specs = [self.basic_port_forward(port) for port in (_CLIENT_PORT, _DASHBOARD_PORT)]
-        self._specs = list(ray_tunnel_specs)
-        local_ports = [spec.local_port for spec in self._specs]
-        if not local_ports:
+        if not ray_tunnel_specs:
             raise SpecError("ray_tunnel_specs names no port to forward")
-        if twice := {port for port in local_ports if local_ports.count(port) > 1}:
+        self._forwards = _forwards(ray_tunnel_specs, local_port)
+        given = [forward.local_port for forward in self._forwards if forward.local_port]
+        if twice := {port for port in given if given.count(port) > 1}:
             raise SpecError(f"ray_tunnel_specs uses a local port twice: {', '.join(map(str, sorted(twice)))}")
-        self._host, self._user, self._ssh_port = ray_head_ip_address, ssh_user, _port(ssh_port, "ssh_port")
-        self._password, self._key_password = password, private_key_password
-        self._key_file = os.path.expanduser(private_key_file) if private_key_file else None
-        self._host_key = None if host_key is None else HostKey.parse(host_key)
+        access = SSHAccess(
+            ssh_user,
+            private_key_file or None,
+            password or None,
+            (private_key_password or None) if private_key_file else None,
+            None if ssh_port is None else _port(ssh_port, "ssh_port"),
+            host_key,
+            strict_host_key,
+            jump,
+            ssh_config,
+        )
+        self._host, self._engine_name, self._isolate = ray_head_ip_address, engine, isolate
+        self._login = access.login(ray_head_ip_address, known_hosts)
+        check_engine(engine, self._login, self._forwards)
+        self._ports: list[int] | None = None
+
+    @staticmethod
+    def limits() -> dict[str, dict[str, str]]:
+        """Tell what each engine cannot do: by a short name, the reason."""
+        from yellowdog_ray.utils._tunnels.engines import LIMITS
+
+        return {engine: dict(limits) for engine, limits in LIMITS.items()}
 
     @staticmethod
     def basic_port_forward(port: int | str) -> SSHTunnelSpec:
@@ -159,59 +235,85 @@ class RayTunnels:
     def start_tunnels(self) -> None:
         """Connect and forward all ports, or none; do nothing if they are forwarded already.
 
-        :raises TunnelError: with the reason: the key file, a local port in use, the connection, the server's
-            key or the login. Nothing is left behind then.
+        :raises TunnelError: with the reason: the key file, a local port in use (and the process that has it),
+            the connection. Nothing is left behind then.
+        :raises HostKeyError: where the server is not the one that was expected.
+        :raises SSHLoginError: where it does not let the user in.
         """
-        with self._lock:
-            if self.is_active:
+        from yellowdog_ray.utils._tunnels.engines import Forward, make_engine
+
+        with self._starting:
+            if self._engine is not None and self._engine.status().state in ("up", "down"):
                 return
             self.stop_tunnels()
-            keys = self._keys()
+            for forward in self._forwards:
+                if forward.local_host not in _LOCAL and not forward.local_host.startswith("127."):
+                    log.warning(
+                        "Whoever reaches this machine at %s can use the tunnel to port %s of the head",
+                        *(forward.local_host, forward.remote_port),
+                    )
+            # One more, for wait_for_ray.
+            agent = Forward("127.0.0.1", 0, "127.0.0.1", _AGENT_PORT)
+            engine = make_engine(self._engine_name, self._login, [*self._forwards, agent], self._isolate)
+            with self._lock:
+                self._engine = engine  # so that it can be stopped while it starts
             try:
-                for spec in self._specs:
-                    self._servers.append(_Server(spec))
-                self._transport = connect(self._host, self._ssh_port, self._host_key)
-                log_in(self._transport, self._host, self._user, keys, self._password)
-                quicken(self._transport)
-                for server in self._servers:
-                    server.serve(self._transport)
+                ports = engine.start()
             except BaseException:
-                self.stop_tunnels()
+                with self._lock:
+                    if self._engine is engine:
+                        self._engine = None
+                engine.stop(time.monotonic() + _STOP_TIMEOUT)
                 raise
+            with self._lock:
+                if self._engine is engine:
+                    self._ports = ports
+                    return
+            engine.stop(time.monotonic() + _STOP_TIMEOUT)
+            raise TunnelError("The tunnels were stopped while they were started")
 
     def stop_tunnels(self, ignore_errors: bool = True) -> None:
-        """Close all tunnels and whatever uses them, within about 2 seconds; stopping twice is no error.
+        """Close all tunnels and whatever uses them, within 2 seconds; stopping twice is no error.
+
+        Tunnels that another thread is starting are given up; that thread gets a :class:`.TunnelError`.
 
         :param ignore_errors: whether to keep silent about what could not be closed.
         :raises TunnelError: with ``ignore_errors=False``, for what could not be closed.
         """
         with self._lock:
-            transport, self._transport = self._transport, None
-            servers, self._servers = self._servers, []
-            deadline = time.monotonic() + _STOP_TIMEOUT
-            problems = []
-            if transport is not None:
-                disconnect(transport, deadline)
-            for server in servers:
-                problems += server.stop(deadline)
+            engine, self._engine, self._ports = self._engine, None, None
+        problems = engine.stop(time.monotonic() + _STOP_TIMEOUT) if engine is not None else []
         if problems and not ignore_errors:
             raise TunnelError(f"The tunnels to {self._where} did not close cleanly: {'; '.join(problems)}")
-
-    def _keys(self) -> list[tuple[paramiko.PKey, str]]:
-        if self._key_file is not None:
-            return [(load_key(self._key_file, self._key_password), self._key_file)]
-        keys = [] if self._password else own_keys()
-        if not keys and not self._password:
-            raise TunnelError(
-                "SSH needs a key or a password: give private_key_file or password. The SSH agent has no key, "
-                "and ~/.ssh none that is unencrypted"
-            )
-        return keys
 
     @property
     def is_active(self) -> bool:
         """Whether the tunnels are open and their SSH connection is, as far as is known, alive."""
-        return bool(self._servers) and self._transport is not None and self._transport.is_active()
+        engine = self._engine
+        return engine is not None and engine.status().state == "up"
+
+    def status(self) -> TunnelStatus:
+        """Tell how the tunnels are doing; nothing is waited for."""
+        engine = self._engine
+        if engine is None:
+            return TunnelStatus("stopped", 0.0, 0, 0, None, self.ports, self._engine_name)
+        link = engine.status()
+        return TunnelStatus(
+            link.state,
+            link.seconds,
+            link.reconnects,
+            link.connections,
+            link.last_error,
+            self.ports,
+            self._engine_name,
+        )
+
+    @property
+    def ports(self) -> dict[int, int]:
+        """The local ports by the ports on the other side; without those that are only chosen at the start."""
+        ports = self._ports or [forward.local_port for forward in self._forwards]
+        pairs = zip(self._forwards, ports, strict=False)
+        return {forward.remote_port: port for forward, port in pairs if port}
 
     @property
     def client_address(self) -> str | None:
@@ -222,6 +324,16 @@ class RayTunnels:
     def dashboard_url(self) -> str | None:
         """The dashboard's local URL, such as ``"http://127.0.0.1:8265"``; None if 8265 is not forwarded."""
         return self._address("http", _DASHBOARD_PORT)
+
+    @property
+    def grafana_url(self) -> str | None:
+        """Grafana's local URL, such as ``"http://127.0.0.1:3000"``; None if 3000 is not forwarded."""
+        return self._address("http", _GRAFANA_PORT)
+
+    @property
+    def prometheus_url(self) -> str | None:
+        """Prometheus's local URL, such as ``"http://127.0.0.1:9090"``; None if 9090 is not forwarded."""
+        return self._address("http", _PROMETHEUS_PORT)
 
     def wait_for_ray(self, timeout: timedelta | float = timedelta(minutes=5)) -> None:
         """Wait until Ray on the head takes clients: some seconds after its task has started.
@@ -237,10 +349,11 @@ class RayTunnels:
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
         deadline = time.monotonic() + seconds
         while True:
-            if not self.is_active or self._transport is None:
+            ports, state = self._ports, self.status().state
+            if ports is None or state not in ("up", "down"):
                 raise ClusterStateError(f"The tunnels to {self._where} are not open: call start_tunnels()")
-            answer = ask_http(self._transport, _AGENT_PORT, "/api/local_raylet_healthz")
-            if answer.startswith("HTTP/1.1 200"):
+            answer = _ask_agent(ports[-1])
+            if answer is None:
                 return
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError(
@@ -259,91 +372,58 @@ class RayTunnels:
         self.stop_tunnels()
 
     def __repr__(self) -> str:
-        ports = ", ".join(f"{spec.local_port}->{spec.remote_port}" for spec in self._specs)
-        return f"<RayTunnels {self._where} {ports} {'active' if self.is_active else 'stopped'}>"
+        ports = self._ports or [forward.local_port for forward in self._forwards]
+        pairs = zip(self._forwards, ports, strict=False)
+        shown = ", ".join(f"{port or 'auto'}->{forward.remote_port}" for forward, port in pairs)
+        engine = self._engine
+        state = "stopped" if engine is None else engine.status().state
+        return f"<RayTunnels {self._where} {shown} {'active' if state == 'up' else state}>"
 
     def __del__(self) -> None:
         # They are not closed: who keeps no reference may still be using the ports.
-        if self._servers:
+        if getattr(self, "_engine", None) is not None:
             warnings.warn(f"{self!r} was never stopped", ResourceWarning, source=self, stacklevel=1)
 
     @property
     def _where(self) -> str:
-        return f"{self._user}@{self._host}:{self._ssh_port}"
+        return self._login.where
 
     def _address(self, scheme: str, remote_port: int) -> str | None:
-        for spec in self._specs:
-            if spec.remote_port == remote_port:
-                host = "127.0.0.1" if spec.local_host in ("localhost", "0.0.0.0") else spec.local_host  # noqa: S104
-                return f"{scheme}://{host}:{spec.local_port}"
-        return None
+        local = self.ports.get(remote_port)
+        if local is None:
+            return None
+        host = next(one.local_host for one in self._forwards if one.remote_port == remote_port)
+        if host in ("localhost", "0.0.0.0"):  # noqa: S104
+            host = "127.0.0.1"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{local}"
 
 
-class _Server(sshtunnel._ThreadingForwardServer):  # type: ignore[misc]
-    """One local port: bound when made, served from :meth:`serve` on.
+def _forwards(specs: Sequence[SSHTunnelSpec], local_port: LocalPort | None) -> list[Forward]:
+    from yellowdog_ray.utils._tunnels.engines import Forward
 
-    The port and the pumping are sshtunnel's. Its ``SSHTunnelForwarder`` around them is not used: it passes
-    over a port that it cannot bind, hides why a login failed, hangs when it is stopped after a failed start
-    and leaves clients behind that do not read.
-    """
+    made = [Forward(spec.local_host, spec.local_port, spec.remote_host, spec.remote_port) for spec in specs]
+    if local_port is None:
+        return made
+    if local_port == "auto":
+        return [replace(forward, local_port=0) for forward in made]
+    if local_port == "match":
+        return [replace(forward, local_port=forward.remote_port) for forward in made]
+    if not isinstance(local_port, int):
+        raise SpecError(f'local_port must be "match", "auto" or a port number, not {local_port!r}')
+    first = _port(local_port, "local_port")
+    _port(first + len(made) - 1, "local_port, counted up for all tunnels,")
+    return [replace(forward, local_port=first + number) for number, forward in enumerate(made)]
 
-    request_queue_size = 128
 
-    def __init__(self, spec: SSHTunnelSpec) -> None:
-        self._spec = spec
-        self._acceptor: threading.Thread | None = None
-        self._clients: dict[threading.Thread, socket.socket] = {}
-        self.address_family = socket.AF_INET6 if ":" in spec.local_host else socket.AF_INET
-        try:
-            super().__init__((spec.local_host, spec.local_port), sshtunnel._ForwardHandler, logger=quiet_log)
-        except OSError as error:
-            where = f"local port {spec.local_port} (for {spec.remote_port} on the head node)"
-            if error.errno == errno.EADDRINUSE:
-                raise TunnelError(
-                    f"The {where} is in use already: by another tunnel, or a Ray of this machine? Stop that, "
-                    "or choose another local port with ray_tunnel_specs"
-                ) from error
-            raise TunnelError(
-                f"The {where} cannot be opened on {spec.local_host!r}: {error.strerror}"
-            ) from error
-
-    def serve(self, transport: paramiko.Transport) -> None:
-        """Forward connections from now on."""
-        remote = (self._spec.remote_host, self._spec.remote_port)
-        names = {"remote_address": remote, "ssh_transport": transport, "logger": quiet_log}
-        self.RequestHandlerClass = type("_Handler", (sshtunnel._ForwardHandler,), names)
-        name = f"ray-tunnels-{self._spec.local_port}"
-        self._acceptor = threading.Thread(target=self.serve_forever, args=(0.05,), name=name, daemon=True)
-        self._acceptor.start()
-
-    def process_request(self, request: socket.socket, client_address: Any) -> None:
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        arguments = (request, client_address)
-        thread = threading.Thread(target=self.process_request_thread, args=arguments, daemon=True)
-        self._clients[thread] = request
-        thread.start()
-
-    def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._clients.pop(threading.current_thread(), None)
-
-    def handle_error(self, request: socket.socket, client_address: Any) -> None:
-        """Say nothing, as most often the remote port is only not open yet; the client sees an end of file."""
-        quiet_log.debug("connection to %s failed", self._spec, exc_info=True)
-
-    def stop(self, deadline: float) -> list[str]:
-        """Close the port and end its clients; return what is left at the deadline, a sentence each."""
-        if self._acceptor is not None:  # without one, shutdown() would wait for ever
-            self.shutdown()
-            self._acceptor.join(max(0.0, deadline - time.monotonic()))
-        self.server_close()
-        clients = list(self._clients.items())
-        for _, client in clients:
-            with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)
-        for thread, _ in clients:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        left = sum(thread.is_alive() for thread, _ in clients)
-        return [f"{left} connection(s) to local port {self._spec.local_port} still open"] if left else []
+def _ask_agent(port: int) -> str | None:
+    """Ask whether the head's raylet is well; return what else was answered."""
+    try:
+        sock = socket.create_connection(("127.0.0.1", port), _ANSWER_TIMEOUT)
+        status, _ = get(
+            sock, f"Port {_AGENT_PORT} of the head", "/api/local_raylet_healthz", None, _ANSWER_TIMEOUT
+        )
+    except TunnelError as error:
+        return str(error)
+    except OSError as error:
+        return f"the tunnel does not answer ({error.strerror or error})"
+    return None if status == 200 else f"Ray on the head is not healthy (HTTP {status})"

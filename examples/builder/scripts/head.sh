@@ -7,6 +7,7 @@
 #   RAYDOG_NODE_VCPUS   the CPUs that Ray is to count here, where they are not the machine's own
 #   RAYDOG_NODE_MEMORY  the same for its memory, in bytes; the local platform sets both
 #   OBSERVABILITY_HOST  the observability node's private address, where there is one
+#   RAYDOG_DASHBOARD_DIRECT  whether all machines may reach the dashboard, which the token protects
 #   RAY_AUTH_MODE, RAY_AUTH_TOKEN   the cluster's token, where it is protected by one
 
 set -u
@@ -54,11 +55,17 @@ if [ -n "${OBSERVABILITY_HOST:-}" ]; then
     export RAY_GRAFANA_HOST="${RAY_GRAFANA_HOST:-http://$OBSERVABILITY_HOST:3000}"
     # The user's browser opens Grafana through a tunnel.
     export RAY_GRAFANA_IFRAME_HOST="${RAY_GRAFANA_IFRAME_HOST:-http://localhost:3000}"
-    # The dashboard listens on the node's localhost, where the SSH tunnels end. Ray could let it listen at one
-    # other address instead, or at all of them. Prometheus, which asks it for the nodes, has this way.
+fi
+
+# The dashboard listens on the node's localhost, where the SSH tunnels end. Ray could let it listen at one other
+# address instead, or at all of them. Prometheus, which asks it for the nodes, has this way, and so has a user
+# without SSH.
+relay_for="${RAYDOG_DASHBOARD_DIRECT:+any}"
+relay_for="${relay_for:-${OBSERVABILITY_HOST:-}}"
+if [ -n "$relay_for" ]; then
     if [ -n "${RAYDOG_NODE_IP:-}" ]; then
-        python - "$RAYDOG_NODE_IP" 8265 "$OBSERVABILITY_HOST" <<'END_OF_FILE' &
-"""Let one other machine reach a port that listens on this machine's localhost only."""
+        python - "$RAYDOG_NODE_IP" 8265 "$relay_for" <<'END_OF_FILE' &
+"""Let one other machine, or any, reach a port that listens on this machine's localhost only."""
 
 import asyncio
 import ipaddress
@@ -83,7 +90,8 @@ async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     """Serve a connection."""
     peer = ipaddress.ip_address(writer.get_extra_info("peername")[0])
     # Processes of this machine can reach the port anyway.
-    if peer not in (ipaddress.ip_address(allowed), ipaddress.ip_address(address)) and not peer.is_loopback:
+    own = peer.is_loopback or peer == ipaddress.ip_address(address)
+    if not own and allowed != "any" and peer != ipaddress.ip_address(allowed):
         writer.close()
         return
     try:
@@ -104,7 +112,7 @@ asyncio.run(main())
 END_OF_FILE
         relay=$!
     else
-        echo "RAYDOG_NODE_IP is not set: Prometheus cannot ask Ray's dashboard for the nodes" >&2
+        echo "RAYDOG_NODE_IP is not set: Ray's dashboard can be reached from this node only" >&2
     fi
 fi
 

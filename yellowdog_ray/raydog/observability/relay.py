@@ -1,4 +1,4 @@
-"""Let one other machine reach a port that listens on this machine's localhost only."""
+"""Let one other machine, or any, reach a port that listens on this machine's localhost only."""
 
 import asyncio
 import ipaddress
@@ -23,7 +23,8 @@ async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     """Serve a connection."""
     peer = ipaddress.ip_address(writer.get_extra_info("peername")[0])
     # Processes of this machine can reach the port anyway.
-    if peer not in (ipaddress.ip_address(allowed), ipaddress.ip_address(address)) and not peer.is_loopback:
+    own = peer.is_loopback or peer == ipaddress.ip_address(address)
+    if not own and allowed != "any" and peer != ipaddress.ip_address(allowed):
         writer.close()
         return
     try:

@@ -1,0 +1,235 @@
+"""Working with a cluster: tunnels to it, Ray Client sessions on it, and its jobs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from yellowdog_ray.errors import ClusterStateError, TunnelError, WaitTimeoutError
+from yellowdog_ray.raydog.insight import ClusterInsight
+from yellowdog_ray.raydog.reach import Reach, SSHAccess
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from yellowdog_ray.utils._tunnels.engines import EngineName
+    from yellowdog_ray.utils.ray_ssh_tunnels import LocalPort, RayTunnels, SSHTunnelSpec
+
+__all__ = ["ClusterSessions"]
+
+log = logging.getLogger(__name__)
+
+_CLIENT_PORT, _DASHBOARD_PORT = 10001, 8265
+_GRAFANA_PORT, _PROMETHEUS_PORT = 3000, 9090
+_LOOK = 0.2  # seconds between looks at whether Ray is ready
+
+
+class ClusterSessions(ClusterInsight):
+    """The part of a cluster that lets its user work on it."""
+
+    def tunnels(
+        self,
+        ray_tunnel_specs: Sequence[SSHTunnelSpec] | None = None,
+        *,
+        local_port: LocalPort | None = None,
+        engine: EngineName = "paramiko",
+        isolate: bool = False,
+    ) -> RayTunnels:
+        """Make tunnels to the head, with what the cluster knows; they are not open yet.
+
+        :param ray_tunnel_specs: the ports to forward; by default 10001 (Ray Client) and 8265 (dashboard), and
+            where there is an observability node, its 3000 (Grafana) and 9090 (Prometheus).
+        :param local_port: ``"match"`` for the same numbers here, which is what is done where there are no
+            ``ray_tunnel_specs``; ``"auto"`` for numbers that nobody uses; or the number of the first one.
+        :param engine: see :class:`.RayTunnels`; ``isolate`` too.
+        :raises ClusterStateError: where there is no head, or the cluster has no ``access`` by SSH.
+        :raises SpecError: where the engine cannot do this.
+        """
+        from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
+
+        access, address = self._access, self.head_node_public_ip or self.head_node_private_ip
+        if address is None:
+            raise ClusterStateError(f"there is no head to make tunnels to: the cluster is {self._life}")
+        if not isinstance(access, SSHAccess):
+            raise ClusterStateError("tunnels need SSH: give the cluster access=SSHAccess(...)")
+        if ray_tunnel_specs is None:
+            usual = (_CLIENT_PORT, _DASHBOARD_PORT)
+            ray_tunnel_specs = [RayTunnels.basic_port_forward(port) for port in usual]
+            if (observability := self.observability_node_private_ip) is not None:
+                ray_tunnel_specs += [
+                    SSHTunnelSpec("localhost", port, observability, port)
+                    for port in (_GRAFANA_PORT, _PROMETHEUS_PORT)
+                ]
+        return RayTunnels(
+            address,
+            access.user,
+            access.password,
+            access.private_key_file,
+            access.private_key_password,
+            ray_tunnel_specs,
+            access.port,
+            host_key=access.host_key,
+            strict_host_key=access.strict_host_key,
+            known_hosts=self._host_keys_file,
+            jump=access.jump,
+            ssh_config=access.ssh_config,
+            local_port=local_port,
+            engine=engine,
+            isolate=isolate,
+        )
+
+    @contextmanager
+    def client(
+        self,
+        *,
+        timeout: timedelta | float = timedelta(minutes=5),
+        engine: EngineName = "paramiko",
+        isolate: bool = False,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """Open a Ray Client session on the cluster, which lasts as long as the block.
+
+        ::
+
+            with cluster.client():
+                print(ray.get(square.remote(3)))
+
+        It goes through a tunnel of its own, or, with ``access="direct"``, to the head's address. The block is
+        given what ``ray.init`` has returned.
+
+        :param timeout: how long to wait until Ray on the head is ready, as a timedelta or in seconds.
+        :param engine: of the tunnel, see :class:`.RayTunnels`; ``isolate`` too.
+        :param options: what else ``ray.init`` takes.
+        :raises ClusterStateError: before anything hangs: where Ray is connected already in this process, its
+            version or Python's is another one on the head, the token is refused, or there is no head.
+        :raises WaitTimeoutError: where Ray on the head is not ready in time.
+        :raises TunnelError: where the head cannot be reached.
+        """
+        import ray
+
+        self._check_disconnected()
+        self._check_head(timeout, exact=True)
+        if self._ray_token() is not None and not self.use_ray_auth():
+            raise ClusterStateError("Ray is connected in this process: call ray.shutdown() before")
+        with self._port(_CLIENT_PORT, engine, isolate) as address:
+            context = ray.init(f"ray://{address}", **options)
+            try:
+                yield context
+            finally:
+                ray.shutdown()
+
+    @contextmanager
+    def jobs(
+        self,
+        *,
+        timeout: timedelta | float = timedelta(minutes=5),
+        engine: EngineName = "paramiko",
+        isolate: bool = False,
+    ) -> Iterator[JobSubmissionClient]:
+        """Yield a client for the cluster's jobs, which works as long as the block lasts.
+
+        ::
+
+            with cluster.jobs() as jobs:
+                job = jobs.submit_job(entrypoint="python -c 'print(42)'")
+
+        It goes through a tunnel of its own to the dashboard, or, with ``access="direct"``, to the head's
+        address, and sends the cluster's token by itself.
+
+        :param timeout: how long to wait until Ray on the head is ready, as a timedelta or in seconds.
+        :param engine: of the tunnel, see :class:`.RayTunnels`; ``isolate`` too.
+        :raises ClusterStateError: where the token is refused, or there is no head.
+        :raises WaitTimeoutError: where Ray on the head is not ready in time.
+        :raises TunnelError: where the head cannot be reached.
+        """
+        from ray.job_submission import JobSubmissionClient
+
+        self._check_head(timeout, exact=False)
+        token = self._ray_token()
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        with self._port(_DASHBOARD_PORT, engine, isolate) as address:
+            yield JobSubmissionClient(f"http://{address}", headers=headers)
+
+    def _check_disconnected(self) -> None:
+        from yellowdog_ray.raydog import ray_auth
+
+        if ray_auth.is_connected():
+            raise ClusterStateError("Ray is connected in this process: call ray.shutdown() before")
+
+    def _check_head(self, timeout: timedelta | float, *, exact: bool) -> None:
+        """Wait until Ray on the head is ready, and compare what it runs with what runs here.
+
+        :param exact: whether a difference is an error.
+        """
+        if self._access is None:
+            raise ClusterStateError(
+                'a session needs a way to the head: give the cluster access=SSHAccess(...), or "direct" '
+                "where this process can connect to the nodes' addresses itself"
+            )
+        way = self._way()
+        if way is None:
+            raise ClusterStateError(f"there is no head to connect to: the cluster is {self._life}")
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+        self._wait_until_ready(way, seconds)
+        differences = _differences(way)
+        if not differences:
+            return
+        told = (
+            f"{' and '.join(differences)}. A client and its cluster need the same version of Ray, and of "
+            "Python up to its minor version"
+        )
+        if exact and "RAY_IGNORE_VERSION_MISMATCH" not in os.environ:
+            raise ClusterStateError(f"{told}. Nothing was connected")
+        log.warning("%s", told)
+
+    def _wait_until_ready(self, way: Reach, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while (problem := way.health()) is not None:
+            with self._lock:
+                self._running("there is nothing to connect to")
+            if time.monotonic() > deadline:
+                raise WaitTimeoutError(f"Ray on the head was not ready after {seconds:g} s: {problem}")
+            time.sleep(_LOOK)
+
+    @contextmanager
+    def _port(self, port: int, engine: EngineName, isolate: bool) -> Iterator[str]:
+        """Yield the address of one of the head's ports, as this process reaches it."""
+        from yellowdog_ray.utils._ssh.route import bracketed
+        from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels
+
+        if not isinstance(self._access, SSHAccess):
+            way = self._way()
+            assert way is not None  # noqa: S101 - it was asked before
+            yield bracketed(way.address, port)
+            return
+        specs = [RayTunnels.basic_port_forward(port)]
+        with self.tunnels(specs, local_port="auto", engine=engine, isolate=isolate) as tunnels:
+            yield f"127.0.0.1:{tunnels.ports[port]}"
+
+
+def _differences(way: Reach) -> list[str]:
+    """Say how the head's versions differ from those here."""
+    import ray
+
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            head = way.versions()
+            break
+        except TunnelError:  # the dashboard comes up a little later than the rest
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK)
+    found = []
+    if head.ray is not None and head.ray != ray.__version__:
+        found.append(f"the head runs Ray {head.ray}, and here is {ray.__version__}")
+    here = platform.python_version()
+    if head.python is not None and head.python.split(".")[:2] != here.split(".")[:2]:
+        found.append(f"the head runs Python {head.python}, and here is {here}")
+    return found

@@ -1,0 +1,1 @@
+"""SSH over paramiko: keys, host keys, the user's settings, and connections."""

@@ -1,0 +1,297 @@
+"""The engine on OpenSSH's ``ssh``: the fastest, with all that the user's settings say."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from yellowdog_ray.errors import HostKeyError, SSHLoginError, TunnelError
+from yellowdog_ray.utils._ssh.connection import CONNECT_TIMEOUT
+from yellowdog_ray.utils._ssh.hostkeys import HostKey, default_record
+from yellowdog_ray.utils._ssh.route import USER_CONFIG, Login
+from yellowdog_ray.utils._tunnels.engines import (
+    FIRST_PAUSE,
+    LOGIN_PAUSE,
+    LONGEST_PAUSE,
+    Forward,
+    LinkStatus,
+    State,
+)
+from yellowdog_ray.utils._tunnels.ports import free_ports
+
+__all__ = ["OpenSSH"]
+
+log = logging.getLogger(__name__)
+
+_PINNED = "raydog-head"  # what a pinned server is called in the file that ssh is given
+_READY = b"raydog-tunnels"
+# A session is what lets an sshd before 10.1 send small packets at once. It ends with our end of its input.
+_COMMAND = f"echo {_READY.decode()}; exec cat"
+_END_SECONDS = 1.0
+
+
+class OpenSSH:
+    """Forwards ports with one ``ssh`` process, which is started again when its connection is lost."""
+
+    def __init__(self, login: Login, forwards: list[Forward]) -> None:
+        self._login, self._forwards = login, forwards
+        self._ports: list[int] = []
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._run: _Run | None = None
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._state: State = "stopped"
+        self._since = time.monotonic()
+        self._reconnects = 0
+        self._last_error: str | None = None
+        self._keeper = threading.Thread(target=self._keep, name="ray-tunnels-openssh", daemon=True)
+
+    def start(self) -> list[int]:
+        if shutil.which("ssh") is None:
+            raise TunnelError('engine="openssh" needs the program ssh, which is not here')
+        if self._login.key_file and not os.path.exists(self._login.key_file):
+            raise TunnelError(f"Cannot read the private key file {self._login.key_file}: No such file")
+        self._ports = free_ports(self._forwards)
+        self._directory = tempfile.TemporaryDirectory(prefix="raydog-ssh-")
+        self._launch()
+        self._keeper.start()
+        return self._ports
+
+    def stop(self, deadline: float) -> list[str]:
+        self._closing.set()
+        with self._lock:
+            run, self._run = self._run, None
+            self._say("stopped")
+        problems = run.end(deadline) if run is not None else []
+        if self._keeper.is_alive():
+            self._keeper.join(max(0.0, deadline - time.monotonic()))
+            if self._keeper.is_alive():
+                problems.append("the thread that watches ssh has not ended")
+        if self._directory is not None:
+            self._directory.cleanup()
+        return problems
+
+    def status(self) -> LinkStatus:
+        with self._lock:
+            seconds = time.monotonic() - self._since
+            return LinkStatus(self._state, seconds, self._reconnects, None, self._last_error)
+
+    def _say(self, state: State) -> None:
+        if state != self._state:
+            self._state, self._since = state, time.monotonic()
+
+    def _launch(self) -> None:
+        """Start ssh, and return when its ports are open.
+
+        :raises TunnelError: with what it has said.
+        """
+        record = self._record()
+        before = record.read_bytes() if record is not None and record.exists() else b""
+        run = _Run(self._command(record))
+        with self._lock:
+            closing = self._closing.is_set()
+            if not closing:
+                self._run = run
+        if closing:
+            run.end(time.monotonic() + _END_SECONDS)
+            raise TunnelError("The tunnels were stopped while they were started")
+        if not run.wait_until_ready(4 * CONNECT_TIMEOUT):
+            run.end(time.monotonic() + _END_SECONDS)
+            raise self._problem(run.said)
+        if record is not None and record.exists() and record.read_bytes() != before:
+            record.chmod(0o600)
+            log.warning(
+                "%s was not known: its key is believed from now on, recorded in %s", self._login.where, record
+            )
+        with self._lock:
+            if not self._closing.is_set():
+                self._reconnects += self._state == "down"
+                self._say("up")
+
+    def _keep(self) -> None:
+        """Start ssh again whenever it has ended."""
+        while not self._closing.is_set():
+            run = self._run
+            if run is not None:
+                run.process.wait()
+            if self._closing.is_set():
+                return
+            with self._lock:
+                said = run.said if run is not None else ""
+                self._last_error = (
+                    f"The SSH connection to {self._login.where} was lost: {said or 'ssh ended'}"
+                )
+                self._say("down")
+            if run is not None:
+                run.end(time.monotonic() + _END_SECONDS)
+            log.warning("%s. It is being made again", self._last_error)
+            if not self._again():
+                return
+
+    def _again(self) -> bool:
+        pause = FIRST_PAUSE
+        while not self._closing.wait(pause):
+            pause = min(2 * pause, LONGEST_PAUSE)
+            try:
+                self._launch()
+            except TunnelError as error:
+                with self._lock:
+                    self._last_error = str(error)
+                    if isinstance(error, HostKeyError) and not self._closing.is_set():
+                        self._say("refused")
+                        return False
+                if isinstance(error, SSHLoginError):  # nobody is to be locked out for too many attempts
+                    pause = LOGIN_PAUSE
+            else:
+                log.warning("The SSH connection to %s is there again", self._login.where)
+                return True
+        return False
+
+    def _record(self) -> Path | None:
+        """Tell the file for a key on first use; None where the key is pinned."""
+        if self._login.host_key is not None:
+            return None
+        record = Path(self._login.record) if self._login.record else default_record(self._login.host)
+        with contextlib.suppress(OSError):  # then ssh says that it could not write it
+            record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return record
+
+    def _command(self, record: Path | None) -> list[str]:
+        login = self._login
+        options = {
+            "BatchMode": "yes",
+            "Ciphers": "^aes128-gcm@openssh.com,aes256-gcm@openssh.com",
+            "ConnectTimeout": f"{CONNECT_TIMEOUT:.0f}",
+            "ControlMaster": "no",
+            "ControlPath": "none",
+            "ExitOnForwardFailure": "yes",
+            "ForwardAgent": "no",
+            "LogLevel": "ERROR",
+            "RequestTTY": "no",
+            "ServerAliveCountMax": "6",  # which makes 14 s until a silent server is taken for dead
+            "ServerAliveInterval": "2",
+            "UpdateHostKeys": "no",
+        }
+        if record is None:
+            assert login.host_key is not None  # noqa: S101 - for the type checker
+            assert self._directory is not None  # noqa: S101 - for the type checker
+            known = Path(self._directory.name, "known_hosts")
+            known.write_text(f"{_PINNED} {HostKey.parse(login.host_key).line}\n")
+            options |= {
+                "UserKnownHostsFile": _quoted(known),
+                "GlobalKnownHostsFile": "/dev/null",
+                "HostKeyAlias": _PINNED,
+                "StrictHostKeyChecking": "yes",
+            }
+        else:
+            options |= {
+                # The first one is where ssh adds a key.
+                "UserKnownHostsFile": f"{_quoted(record)} ~/.ssh/known_hosts ~/.ssh/known_hosts2",
+                "StrictHostKeyChecking": "yes" if login.strict else "accept-new",
+                "HashKnownHosts": "no",
+                "CheckHostIP": "no",
+            }
+        words = ["ssh", "-l", login.user]
+        if login.ssh_config != USER_CONFIG:  # which ssh finds by itself, and the system's too
+            words += ["-F", login.ssh_config or "none"]
+        if login.port is not None:
+            words += ["-p", str(login.port)]
+        if login.key_file:
+            words += ["-i", login.key_file, "-o", "IdentitiesOnly=yes"]
+        if login.jump is not None:
+            words += ["-J", login.jump]
+        for name, value in options.items():
+            words += ["-o", f"{name}={value}"]
+        for forward, port in zip(self._forwards, self._ports, strict=True):
+            ends = (forward.local_host, port, forward.remote_host, forward.remote_port)
+            words += ["-L", ":".join(f"[{end}]" if ":" in str(end) else str(end) for end in ends)]
+        return [*words, "--", login.host, _COMMAND]
+
+    def _problem(self, said: str) -> TunnelError:
+        where, said = self._login.where, said or "ssh has said nothing within its time"
+        if "IDENTIFICATION HAS CHANGED" in said or "verification failed" in said:
+            return HostKeyError(
+                f"{where} is not the server that was expected, its key has changed, or it is not known: "
+                f"{said}"
+            )
+        if "Permission denied" in said:
+            return SSHLoginError(f"{where} does not let user {self._login.user!r} in: {said}")
+        return TunnelError(f"ssh did not open the tunnels to {where}: {said}")
+
+
+def _quoted(path: Path) -> str:
+    # Percent signs would begin a token of ssh's.
+    return f'"{path}"'.replace("%", "%%")
+
+
+class _Run:
+    """One ``ssh`` process."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._lines: deque[str] = deque(maxlen=20)
+        self._ready = threading.Event()
+        self._got_ready = False
+        # In a session of its own it has no terminal to ask anything at, and an interrupt is not for it.
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "YD_"))},
+        )
+        self._readers = [
+            threading.Thread(target=work, name="ray-tunnels-openssh-output", daemon=True)
+            for work in (self._read_output, self._read_errors)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def said(self) -> str:
+        """The end of what it has said, in one line."""
+        return " ".join(line for line in self._lines if line.strip("@ "))
+
+    def wait_until_ready(self, timeout: float) -> bool:
+        """Wait until its ports are open; return whether they are."""
+        self._ready.wait(timeout)
+        return self.process.poll() is None and self._got_ready
+
+    def end(self, deadline: float) -> list[str]:
+        """End it until a deadline; return what is left then, a sentence each."""
+        with contextlib.suppress(OSError):
+            self.process.terminate()
+        try:
+            self.process.wait(max(0.1, deadline - time.monotonic() - 0.3))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        for reader in self._readers:
+            reader.join(max(0.0, deadline - time.monotonic()))
+        left = [f"ssh ({self.process.pid}) has not ended"] if self.process.poll() is None else []
+        if not any(reader.is_alive() for reader in self._readers):
+            for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+                with contextlib.suppress(OSError):
+                    if pipe is not None:
+                        pipe.close()
+        return left
+
+    def _read_output(self) -> None:
+        assert self.process.stdout is not None  # noqa: S101 - for the type checker
+        for line in self.process.stdout:
+            if line.strip() == _READY:
+                self._got_ready = True
+                self._ready.set()
+        self._ready.set()
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None  # noqa: S101 - for the type checker
+        for line in self.process.stderr:
+            self._lines.append(line.decode(errors="replace").strip())
