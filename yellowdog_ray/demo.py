@@ -16,7 +16,7 @@ from typing import Any
 
 from yellowdog_ray.errors import LocalPlatformError, WaitTimeoutError
 from yellowdog_ray.local.nodes import NODE_MEMORY, free_memory
-from yellowdog_ray.local.platform import LocalPlatform
+from yellowdog_ray.local.platform import LocalPlatform, require_linux
 from yellowdog_ray.raydog.builder import RayDogCluster
 from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
 
@@ -33,6 +33,7 @@ def run(isolation: str | None = None) -> int:
     :param isolation: what the nodes are made of; None for the best that this machine allows.
     :returns: the exit status of the command: 0 if all of it worked.
     """
+    require_linux()
     if free_memory() < _NODES * NODE_MEMORY:
         raise LocalPlatformError(
             f"too little memory: the demo's {_NODES} Ray nodes need {_NODES * NODE_MEMORY >> 20} MiB, "

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from yellowdog_client import PlatformClient
@@ -32,8 +36,8 @@ from tests.browser import PageReader
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
 from yellowdog_ray.local import nodes as nodes_module
+from yellowdog_ray.local.isolation import LACKS, Isolation
 from yellowdog_ray.local.linux import processes_with
-from yellowdog_ray.local.nodes import Isolation
 from yellowdog_ray.local.platform import NodeTemplate
 from yellowdog_ray.local.supervisor import NODE_FILES
 
@@ -149,7 +153,8 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     kind, system_sshd = request.param
     if system_sshd and not nodes_module._find_sshd():
         pytest.skip("no sshd is installed")
-    with LocalPlatform(isolation=kind, system_sshd=system_sshd) as platform:
+    templates = {"local/node": NodeTemplate(ram=0.5)}
+    with LocalPlatform(isolation=kind, system_sshd=system_sshd, templates=templates) as platform:
         schema = ServicesSchema(defaultUrl=platform.url)
         with PlatformClient.create(schema, ApiKey(platform.key_id, platform.secret)) as client:
             yield Lab(platform, client)
@@ -185,26 +190,113 @@ def test_the_agents_environment_is_this_one(lab: Lab) -> None:
     assert str(sys.version_info[:2]) in output
 
 
-def test_nodes_are_apart(lab: Lab) -> None:
-    """With namespaces, a node has a host name, processes and a /tmp of its own."""
-    if lab.platform.isolation is Isolation.PROCESSES:
-        output = lab.failure_output("echo $RAYDOG_NODE_FILES; ls -d $YD_AGENT_HOME")
-        assert "/agent" in output
-        return
-    mark = Path("/tmp", f"raydog-test-{os.getpid()}")
-    mark.touch()
+# Prints the name of each thing that the node can do, of those that not every kind of node can.
+_PROBE = """
+[ "$(hostname)" = "$HOST" ] || ! getent hosts "$(hostname)" | grep -q "^$ADDRESS" || echo own-hostname
+[ -e "$MARK" ] || echo own-tmp
+kill -0 $OWNER 2>/dev/null || [ -d /proc/$OWNER ] || echo own-processes
+python3 - <<END
+import os, socket
+with socket.socket() as taken:
     try:
+        taken.bind(("0.0.0.0", $TAKEN))
+        print("own-ports")
+    except OSError:
+        pass
+try:
+    socket.create_connection(("127.0.0.1", $TAKEN), 5).close()
+    print("way-out")
+except OSError:
+    pass
+for name in ("memory.max", "memory/memory.limit_in_bytes"):
+    try:
+        with open(f"/sys/fs/cgroup/{name}") as file:
+            if file.read().strip() == os.environ["RAYDOG_NODE_MEMORY"]:
+                print("seen-limits")
+    except OSError:
+        pass
+END
+"""
+
+
+def test_a_node_can_do_all_but_what_is_said(lab: Lab, request: pytest.FixtureRequest) -> None:
+    """What the kinds of node cannot do is what is listed, neither more nor less."""
+    import socket
+
+    lacks = LACKS[lab.platform.isolation]
+    system_sshd, node = request.node.callspec.params["lab"][1], lab.nodes[0]
+    with tempfile.NamedTemporaryFile(dir="/tmp") as mark, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
         output = lab.failure_output(
-            f"ls {mark} 2>/dev/null || echo no-mark; hostname\n"
-            "ls /proc | grep -c '^[0-9]'; getent hosts $(hostname)"
+            _PROBE,
+            HOST=socket.gethostname(),
+            ADDRESS=node.details.privateIpAddress.rpartition(".")[0],
+            MARK=mark.name,
+            OWNER=str(os.getpid()),
+            TAKEN=str(taken.getsockname()[1]),
         )
-    finally:
-        mark.unlink()
-    lines = output.splitlines()
-    assert "no-mark" in lines
-    assert any(line.startswith("lab-") for line in lines)
-    assert any(line.isdigit() and int(line) < 12 for line in lines)
-    assert any(node.details.privateIpAddress in output for node in lab.nodes)
+    can = set(output.split("output:\n", 1)[1].split()) if "output:\n" in output else set()
+    expected = {"own-hostname", "own-ports", "own-processes", "own-tmp", "way-out"}
+    if lab.platform._nodes.groups.memory:
+        expected.add("seen-limits")
+    assert can == expected - lacks
+    with contextlib.suppress(OSError):
+        socket.create_connection((node.details.privateIpAddress, lab.platform.ssh_port), 5).close()
+        can.add("direct-address")
+    assert ("direct-address" in can) == ("direct-address" not in lacks)
+    if system_sshd:
+        assert (lab.platform._nodes._sshd is None) == ("system-sshd" in lacks)
+
+
+def test_what_a_kind_cannot_do_is_documented() -> None:
+    """The documentation's list has every name, and the kinds that it is true of."""
+    text = Path(__file__).parents[2].joinpath("docs", "local-platform.rst").read_text()
+    _, _, table = text.partition(".. list-table:: What a kind of node cannot do")
+    rows = [row.strip().split("\n") for row in table.partition("\n.. ")[0].split("   * - ")[2:]]
+    said = {row[0].strip("` "): set(re.findall("``([a-z-]+)``", row[1])) for row in rows}
+    names = set().union(*LACKS.values())
+    assert said == {name: {kind.value for kind in Isolation if name in LACKS[kind]} for name in names}
+
+
+def test_ray_stop_ends_what_its_own_node_runs(lab: Lab) -> None:
+    """`ray stop` in one node's script ends Ray there, and reaches no other node and no Ray of the user's."""
+    fake = "cp $(command -v sleep) $YD_AGENT_DATA/raylet; $YD_AGENT_DATA/raylet 1000 & echo; wait"
+    ids = lab.submit(fake, count=2)
+    tasks = [lab.reached(task_id, TaskStatus.EXECUTING) for task_id in ids]
+    stop = '. "${YD_AGENT_HOME:-/opt/yellowdog/agent}/venv/bin/activate"; ray stop'
+    node = next(node for node in lab.nodes if node.id == tasks[0].nodeId)
+    with tempfile.TemporaryDirectory() as directory:
+        own = Path(directory, "raylet")
+        shutil.copy(shutil.which("sleep") or "", own)
+        with subprocess.Popen([own, "1000"]) as process:
+            try:
+                result = lab.ssh(node, stop)
+                assert result.returncode == 0, result.stderr
+                # Its script goes on to its end, with what it waited for gone.
+                lab.reached(ids[0], TaskStatus.COMPLETED)
+                time.sleep(0.3)
+                assert lab.task(ids[1]).status == TaskStatus.EXECUTING
+                assert process.poll() is None
+            finally:
+                process.kill()
+    lab.client.work_client.cancel_task_by_id(ids[1], abort=True)
+    lab.reached(ids[1], TaskStatus.ABORTED)
+
+
+def test_a_task_that_uses_up_the_memory_says_so(lab: Lab) -> None:
+    """Where a node's memory is limited, a task that wants more fails with that reason; the node goes on."""
+    if not lab.platform._nodes.groups.memory:
+        assert "told to Ray, not enforced (no control group" in lab.platform.describe()
+        return
+    before = {node.id for node in lab.nodes}
+    output = lab.failure_output("python3 -c \"x = bytearray(700 << 20); x[::4096] = b'a' * (700 << 8)\"")
+    assert (
+        "its node ran out of memory; the kernel killed 1 of its processes at the limit of 512 MiB" in output
+    )
+    assert "out of memory" not in lab.failure_output("true")
+    nodes = [lab.client.worker_pool_client.get_node_by_id(node_id) for node_id in before]
+    assert {str(node.status) for node in nodes} == {"RUNNING"}
 
 
 def test_ssh_opens_a_node(lab: Lab) -> None:
@@ -276,7 +368,7 @@ def _with(heading: str, text: str, page: str) -> str | None:
 
 
 _OWNER = """
-import sys, time
+import json, sys, time
 from yellowdog_ray import LocalPlatform
 from yellowdog_client import PlatformClient
 from yellowdog_client.model import *
@@ -298,20 +390,31 @@ while client.work_client.get_task_by_id(task.id).status != TaskStatus.EXECUTING:
     time.sleep(0.05)
 time.sleep(0.3)
 nodes = platform._nodes
-print(nodes._directory, nodes._interface or "-", nodes._supervisor.pid, flush=True)
+made = [str(nodes._directory), nodes._interface or "-", nodes._supervisor.pid, nodes.groups.left()]
+print(json.dumps(made), flush=True)
 time.sleep(1000)
 """
 
 
+class Owner(NamedTuple):
+    """A process that owns a platform, and what that has made."""
+
+    process: subprocess.Popen[str]
+    directory: Path
+    interface: str
+    supervisor: int
+    groups: list[str]
+
+
 @pytest.fixture(params=kinds(), ids=lambda kind: kind.value)
-def owner(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], Path, str, int]]:
+def owner(request: pytest.FixtureRequest) -> Iterator[Owner]:
     """A process that owns a platform with a node on which a task runs."""
     process = subprocess.Popen(
         [sys.executable, "-c", _OWNER, request.param.value], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout
-    directory, interface, supervisor = process.stdout.readline().split()
-    yield process, Path(directory), interface, int(supervisor)
+    directory, interface, supervisor, groups = json.loads(process.stdout.readline())
+    yield Owner(process, Path(directory), interface, supervisor, groups)
     process.kill()
     process.wait()
 
@@ -320,23 +423,23 @@ def _sleepers(directory: Path) -> list[int]:
     return processes_with(NODE_FILES, str(directory))
 
 
-def test_the_platform_ends_with_its_owner(owner: tuple[subprocess.Popen[str], Path, str, int]) -> None:
-    """When the owner is killed, nodes, tasks, interface and directory are gone within seconds."""
-    process, directory, interface, _ = owner
+def test_the_platform_ends_with_its_owner(owner: Owner) -> None:
+    """When the owner is killed, nodes, tasks, interface, control groups and directory go within seconds."""
+    process, directory, interface, _, groups = owner
     assert _sleepers(directory)
+    assert all(Path(group).exists() for group in groups)
 
     process.kill()
 
     until(lambda: not directory.exists(), timeout=5)
     assert not _sleepers(directory)
     until(lambda: not Path("/sys/class/net", interface).exists(), timeout=5)
+    assert not any(Path(group).exists() for group in groups)
 
 
-def test_the_next_start_removes_what_a_crash_left(
-    owner: tuple[subprocess.Popen[str], Path, str, int],
-) -> None:
+def test_the_next_start_removes_what_a_crash_left(owner: Owner) -> None:
     """When the supervisor is killed together with the owner, the next platform cleans up after both."""
-    process, directory, _, supervisor = owner
+    process, directory, interface, supervisor, groups = owner
     os.kill(supervisor, signal.SIGKILL)
     process.kill()
     process.wait()
@@ -345,6 +448,42 @@ def test_the_next_start_removes_what_a_crash_left(
     with LocalPlatform():
         assert not directory.exists()
         until(lambda: not _sleepers(directory), timeout=5)
+        until(lambda: not Path("/sys/class/net", interface).exists(), timeout=5)
+        assert not any(Path(group).exists() for group in groups)
+
+
+_CONTAINED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from yellowdog_client import PlatformClient
+from yellowdog_client.model import ApiKey, ServicesSchema
+from tests.integration.test_local_platform import Lab
+from yellowdog_ray import LocalPlatform
+
+with LocalPlatform() as platform:
+    print(platform.describe())
+    schema = ServicesSchema(defaultUrl=platform.url)
+    with PlatformClient.create(schema, ApiKey(platform.key_id, platform.secret)) as client:
+        lab = Lab(platform, client)
+        print(lab.failure_output("echo task: $(id -u)"))
+        print(lab.ssh(lab.nodes[1], "echo ssh: $SSH_CONNECTION").stdout)
+print("left:", platform.leftovers())
+"""
+
+
+def test_it_runs_in_a_container_without_capabilities() -> None:
+    """Where nobody may make namespaces nor mount anything, nodes are plain processes, and it says why."""
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, root / "tests" / "contained.py", sys.executable, "-c", _CONTAINED, root],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("nodes are plain processes with loopback addresses")
+    assert "user-namespaces: [Errno 1]" in result.stdout
+    assert f"task: {os.geteuid()}" in result.stdout
+    assert "ssh: 127." in result.stdout
+    assert result.stdout.endswith("left: []\n")
 
 
 def test_a_taken_port_is_named() -> None:

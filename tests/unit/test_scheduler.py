@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from yellowdog_ray.local.asks import AutoShutdown, RefusedError, TaskSpec, Template, Usage
+from yellowdog_ray.local.asks import AutoShutdown, GroupSpec, RefusedError, TaskSpec, Template, Usage
 from yellowdog_ray.local.entities import Pool, Task, WorkRequirement
 from yellowdog_ray.local.events import (
     AbortTask,
@@ -328,6 +328,34 @@ def test_min_workers_start_together(world: World) -> None:
     assert pool.claimed == 3
     world.scheduler.transition(work.id, "FINISHING", False, world.now)
     assert (work.status, pool.claimed) == ("COMPLETED", 0)
+
+
+def test_a_machine_that_ends_keeps_no_worker_for_later(world: World) -> None:
+    """A task goes to no worker that its group holds on a machine that is being ended, busy as that may be."""
+    pool = world.pool(nodes=1, createNodeWorkers={"targetType": "PER_NODE", "targetCount": 2})
+    work = world.work(tasks=1, run={"minWorkers": 2}, finishIfAllTasksFinished=False)
+    world.start()
+    assert [task.status for task in work.groups[0].tasks] == ["EXECUTING"]
+    (instance,) = pool.requirement.instances
+    world.scheduler.end_instances(pool.requirement.id, [instance], False, world.now)
+    (task,) = world.scheduler.add_tasks(work.groups[0].id, [TaskSpec(name="later")], world.now)
+    world.collect()
+    assert task.status == "READY"
+
+
+def test_circles_of_groups_are_refused(world: World) -> None:
+    """Groups that would wait for one another for ever are named."""
+    raw = {"taskTypes": ["bash"]}
+
+    def group(name: str, *before: str) -> GroupSpec:
+        return read_group({"name": name, "runSpecification": raw, "dependencies": [*before]}, 0)
+
+    circle = [group("first", "third"), group("second", "first"), group("third", "second"), group("free")]
+    text = refusal(world.scheduler.submit, "test", "round", circle, world.now).message
+    assert text.startswith("Task groups depend on one another in a circle: ")
+    for waits, awaited in (("first", "third"), ("second", "first"), ("third", "second")):
+        assert f"{waits} -> {awaited}" in text
+    assert not world.scheduler.works
 
 
 def test_finishing_ignores_min_workers(world: World) -> None:

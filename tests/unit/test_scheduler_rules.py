@@ -424,6 +424,32 @@ def test_endings_can_be_refused() -> None:
         world.stop_all()
 
 
+def test_a_second_cancelling_can_be_refused() -> None:
+    """A requirement that is being cancelled takes an abort by default; with the option it takes no more."""
+    for how, statuses in (("accept", ["EXECUTING", "EXECUTING"]), ("refuse", ["EXECUTING"])):
+        world = World(SchedulerOptions(end_again=how))  # type: ignore[arg-type]
+        world.pool()
+        work = world.work(tasks=1)
+        world.start()
+        for _ in statuses:
+            world.scheduler.transition(work.id, "CANCELLING", False, world.now)
+            assert work.status == "CANCELLING"
+        if how == "refuse":
+            again = refusal(world.scheduler.transition, work.id, "CANCELLING", True, world.now)
+            assert (again.status, again.error_type) == (403, "InvalidWorkRequirementStatusException")
+
+
+@pytest.mark.parametrize(("grow", "nodes"), [(False, 1), (True, 3)])
+def test_a_pool_without_a_bound_can_grow_with_its_tasks(grow: bool, nodes: int) -> None:
+    """A pool that says no maxNodes stays as large as it was provisioned, or grows with the option for it."""
+    world = World(SchedulerOptions(grow_without_max=grow))
+    pool = world.pool()
+    world.work(tasks=3)
+    world.collect()
+    world.register()
+    assert pool.requirement.alive == nodes
+
+
 def test_shrinking_ends_what_boots() -> None:
     """A stand-alone requirement that shrinks while it boots ends up with as many machines as it was told."""
     world = World()

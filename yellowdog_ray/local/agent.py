@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from yellowdog_ray.local import linux
+from yellowdog_ray.local.cgroups import NodeGroup, enter
 from yellowdog_ray.local.protocol import Channel, Closed, Loop
 
 ABORT_GRACE = 60.0
@@ -37,6 +38,7 @@ class _Task:
     run_id: str
     pid: int
     directory: Path
+    killed_before: int
     kill_at: float | None = None
 
 
@@ -49,6 +51,8 @@ class Agent:
     :param environment: what every task starts with.
     :param ssh_command: the command of the SSH server: one that serves a single connection on its
         standard input, or, with ``ssh_takes_listeners``, one that accepts on inherited sockets.
+    :param group: the control groups that tasks and SSH sessions run in.
+    :param memory: the limit of the one for memory, in bytes.
     """
 
     def __init__(
@@ -59,7 +63,9 @@ class Agent:
         environment: dict[str, str],
         ssh_command: list[str],
         listeners: list[socket.socket],
+        group: NodeGroup,
         *,
+        memory: int,
         ssh_takes_listeners: bool,
     ) -> None:
         self._channel = channel
@@ -67,6 +73,7 @@ class Agent:
         self._environment = environment
         self._ssh_command, self._ssh_takes_listeners = ssh_command, ssh_takes_listeners
         self._listeners = listeners
+        self._group, self._memory = group, memory
         self._tasks: dict[int, _Task] = {}
         self._loop = Loop()
 
@@ -127,13 +134,14 @@ class Agent:
             self._channel.send({"event": "task_not_started", "run_id": run_id, "reason": reason})
             return
         try:
-            pid = _spawn([command, *message["arguments"]], environment, directory, output=output)
+            killed_before = self._group.killed()
+            pid = self._spawn([command, *message["arguments"]], environment, directory, output=output)
         except OSError as error:
             self._channel.send({"event": "task_not_started", "run_id": run_id, "reason": str(error)})
             return
         finally:
             os.close(output)
-        self._tasks[pid] = _Task(run_id, pid, directory)
+        self._tasks[pid] = _Task(run_id, pid, directory, killed_before)
         self._channel.send({"event": "task_started", "run_id": run_id})
 
     def _abort(self, run_id: str) -> None:
@@ -173,8 +181,22 @@ class Agent:
                 "run_id": task.run_id,
                 "exit_code": code if code >= 0 else 128 - code,
                 "output_tail": tail,
+                "reason": self._out_of_memory(task) if code else "",
             }
         )
+
+    def _out_of_memory(self, task: _Task) -> str:
+        """Say that the node's memory has been used up while a task ran; nothing where it was not."""
+        killed = self._group.killed() - task.killed_before
+        if killed <= 0:
+            return ""
+        return (
+            f"its node ran out of memory; the kernel killed {killed} of its processes at the limit of "
+            f"{self._memory >> 20} MiB"
+        )
+
+    def _spawn(self, command: list[str], environment: dict[str, str], directory: Path, **ends: int) -> int:
+        return _spawn(command, environment, directory, self._group.doors, **ends)
 
     # SSH
 
@@ -187,7 +209,7 @@ class Agent:
             connection.setblocking(True)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with contextlib.suppress(OSError):
-                _spawn(self._ssh_command, self._environment, self._home, stdio=connection.fileno())
+                self._spawn(self._ssh_command, self._environment, self._home, stdio=connection.fileno())
 
     def _start_ssh_server(self) -> None:
         for listener in self._listeners:
@@ -195,7 +217,7 @@ class Agent:
         # It ends when its standard input does, which is when this process does.
         read_end, self._ssh_lifeline = os.pipe2(os.O_CLOEXEC)
         fds = [argument for listener in self._listeners for argument in ("--fd", str(listener.fileno()))]
-        _spawn([*self._ssh_command, *fds], self._environment, self._home, stdin=read_end)
+        self._spawn([*self._ssh_command, *fds], self._environment, self._home, stdin=read_end)
         os.close(read_end)
         for listener in self._listeners:
             listener.close()
@@ -221,6 +243,7 @@ def _spawn(
     command: list[str],
     environment: dict[str, str],
     directory: Path,
+    doors: list[str],
     *,
     stdin: int | None = None,
     output: int | None = None,
@@ -228,6 +251,7 @@ def _spawn(
 ) -> int:
     """Start a command in a session of its own and return its pid; what is not given is /dev/null.
 
+    :param doors: of the control groups that it is to be in.
     :raises OSError: when it cannot be started; the error is the child's own.
     """
     error_read, error_write = os.pipe2(os.O_CLOEXEC)
@@ -236,6 +260,7 @@ def _spawn(
         # Between fork and exec nothing may escape: whatever happens is told to the parent.
         try:
             os.setsid()
+            enter(doors)
             null = os.open(os.devnull, os.O_RDWR)
             if stdio is not None:
                 stdin, output = stdio, stdio

@@ -19,10 +19,8 @@ from starlette.routing import Route
 
 from yellowdog_ray.local import api_compute, api_pools, api_work, wire
 from yellowdog_ray.local.asks import RefusedError
-from yellowdog_ray.local.intake import (
-    Fields,
-    check_name,
-)
+from yellowdog_ray.local.intake import Fields, check_name
+from yellowdog_ray.local.vocabulary import SORT_NAMESPACES
 from yellowdog_ray.local.web import Action, Call, Core, Gate, handler, on_http_exception
 
 __all__ = ["Core", "create_app"]
@@ -39,7 +37,11 @@ def create_app(core: Core) -> Starlette:
     :param core: the platform behind it; all of it is called on the loop that serves the application.
     """
     routes = [
-        Route(path, handler(core, action), methods=[method])
+        Route(
+            path,
+            handler(core, action, None if method == "GET" else _PARAMETERS.get((method, path), frozenset())),
+            methods=[method],
+        )
         for table in (api_work.ROUTES, api_pools.ROUTES, api_compute.ROUTES, _ROUTES)
         for (method, path), action in table.items()
     ]
@@ -50,6 +52,15 @@ def create_app(core: Core) -> Starlette:
     )
     app.router.redirect_slashes = False
     return app
+
+
+# What may stand in the query of a call that changes something.
+_PARAMETERS = {
+    ("PUT", "/work/requirements/{id}/transition/{status}"): frozenset({"abort"}),
+    ("PUT", "/work/tasks/{id}/cancel"): frozenset({"abort"}),
+    ("PUT", "/workerPools/provisioned/{id}"): frozenset({"size"}),
+    ("PUT", "/compute/requirements"): frozenset({"reprovision"}),
+}
 
 
 # -------------------------------------------------------------------- identity, and empty cupboards
@@ -92,6 +103,9 @@ async def _namespaces(call: Call) -> Any:
     names, part = call.queries("namespaces", "namespace"), call.query("namespaceContains") or ""
     deletable = call.flag("deletable")
 
+    def write(name: str) -> dict[str, Any]:
+        return _namespace_json(call, name)
+
     def wanted(name: str) -> bool:
         return (
             (not names or name in names)
@@ -99,7 +113,7 @@ async def _namespaces(call: Call) -> Any:
             and (deletable is None or (name in call.scheduler.namespaces) == deletable)
         )
 
-    return call.slice(call.scheduler.known_namespaces(), wanted, lambda name: _namespace_json(call, name))
+    return call.slice(call.scheduler.known_namespaces(), wanted, write, SORT_NAMESPACES)
 
 
 def _find_namespace(call: Call) -> dict[str, Any]:
@@ -135,11 +149,13 @@ async def _delete_namespace(call: Call) -> Any:
 
 
 async def _nothing(call: Call) -> Any:
+    call.take_any()
     return {"items": []}
 
 
 async def _no_keyrings(call: Call) -> Any:
-    return call.slice([], bool, dict, bare=True)
+    call.take_any()
+    return call.slice([], bool, dict, frozenset({"id", "name", "description"}), bare=True)
 
 
 _ROUTES: Mapping[tuple[str, str], Action] = {

@@ -9,6 +9,16 @@ from yellowdog_ray.local import wire
 from yellowdog_ray.local.asks import RefusedError, Template
 from yellowdog_ray.local.entities import ComputeRequirement, Instance
 from yellowdog_ray.local.intake import MAX_NODES, Fields, read_auto_shutdown, read_usage
+from yellowdog_ray.local.vocabulary import (
+    COMPUTE_STATUSES,
+    INSTANCE_STATUSES,
+    PROVIDERS,
+    SORT_COMPUTE,
+    SORT_COMPUTE_SUMMARIES,
+    SORT_INSTANCES,
+    SORT_SOURCES,
+    SORT_TEMPLATES,
+)
 from yellowdog_ray.local.web import Action, Call, stream
 
 __all__ = ["ROUTES"]
@@ -21,9 +31,11 @@ async def _provision(call: Call) -> Any:
 
 
 async def _requirements(call: Call) -> Any:
-    named, statuses, healthy = call.named(), call.queries("statuses"), call.flag("isHealthy")
+    named, healthy = call.named(), call.flag("isHealthy")
+    statuses = call.words("statuses", COMPUTE_STATUSES)
     created = call.within("createdTime")
-    write = wire.requirement_summary if call.flag("summaries") else wire.requirement_json
+    summaries = call.flag("summaries")
+    write = wire.requirement_summary if summaries else wire.requirement_json
 
     def wanted(requirement: ComputeRequirement) -> bool:
         usage = requirement.usage
@@ -34,7 +46,8 @@ async def _requirements(call: Call) -> Any:
             and created(requirement.created)
         )
 
-    return call.slice(call.scheduler.requirements.values(), wanted, write)
+    sortable = SORT_COMPUTE_SUMMARIES if summaries else SORT_COMPUTE
+    return call.slice(call.scheduler.requirements.values(), wanted, write, sortable)
 
 
 async def _requirement(call: Call) -> Any:
@@ -119,8 +132,8 @@ async def _transition_instances(call: Call) -> Any:
 
 async def _instances(call: Call) -> Any:
     requirement_id, source = call.query("computeRequirementId"), call.query("computeSourceId")
-    providers, regions = call.queries("providers"), call.queries("regions")
-    statuses, images = call.queries("statuses"), call.queries("imageIds")
+    providers, regions = call.words("providers", PROVIDERS), call.queries("regions")
+    statuses, images = call.words("statuses", INSTANCE_STATUSES), call.queries("imageIds")
     private, public = call.query("privateIpAddress"), call.query("publicIpAddress")
     hostname = call.query("hostname")
     scheduler = call.scheduler
@@ -141,7 +154,7 @@ async def _instances(call: Call) -> Any:
             and hostname in (None, instance.hostname)
         )
 
-    return call.slice(instances.values(), wanted, wire.instance_json)
+    return call.slice(instances.values(), wanted, wire.instance_json, SORT_INSTANCES)
 
 
 def _of_kind(kinds: Collection[str], kind: str) -> bool:
@@ -160,7 +173,8 @@ async def _templates(call: Call) -> Any:
             and _of_kind(strategies, line["strategyType"])
         )
 
-    return call.slice(call.scheduler.templates.values(), wanted, wire.template_summary, bare=True)
+    templates = call.scheduler.templates.values()
+    return call.slice(templates, wanted, wire.template_summary, SORT_TEMPLATES, bare=True)
 
 
 async def _template(call: Call) -> Any:
@@ -178,7 +192,8 @@ async def _sources(call: Call) -> Any:
         kind = wire.source_template_summary(template)["sourceType"]
         return named(template.namespace, template.name, None) and _of_kind(kinds, kind)
 
-    return call.slice(call.scheduler.templates.values(), wanted, wire.source_template_summary, bare=True)
+    templates = call.scheduler.templates.values()
+    return call.slice(templates, wanted, wire.source_template_summary, SORT_SOURCES, bare=True)
 
 
 async def _source(call: Call) -> Any:

@@ -9,6 +9,15 @@ from yellowdog_ray.local import wire
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.entities import Node, Pool
 from yellowdog_ray.local.intake import Fields, read_pool, read_usage
+from yellowdog_ray.local.vocabulary import (
+    NODE_STATUSES,
+    POOL_STATUSES,
+    POOL_TYPES,
+    PROVIDERS,
+    SORT_NODES,
+    SORT_POOLS,
+    WORKER_STATUSES,
+)
 from yellowdog_ray.local.web import Action, Call, stream
 
 __all__ = ["ROUTES"]
@@ -36,19 +45,19 @@ async def _resize_pool(call: Call) -> Any:
 
 
 async def _pools(call: Call) -> Any:
-    named, statuses, healthy = call.named(), call.queries("statuses"), call.flag("isHealthy")
-    kind, created = call.query("type"), call.within("createdTime")
+    named, statuses, healthy = call.named(), call.words("statuses", POOL_STATUSES), call.flag("isHealthy")
+    kinds, created = call.words("type", POOL_TYPES), call.within("createdTime")
 
     def wanted(pool: Pool) -> bool:
         return (
             named(pool.namespace, pool.name, None)
             and (not statuses or pool.status in statuses)
-            and (kind is None or kind in wire.pool_summary(pool)["type"])
+            and (not kinds or any(wire.pool_summary(pool)["type"].endswith(kind) for kind in kinds))
             and (healthy is None or wire.pool_healthy(pool) == healthy)
             and created(pool.created)
         )
 
-    return call.slice(call.scheduler.pools.values(), wanted, wire.pool_summary, bare=True)
+    return call.slice(call.scheduler.pools.values(), wanted, wire.pool_summary, SORT_POOLS, bare=True)
 
 
 async def _pool(call: Call) -> Any:
@@ -73,10 +82,10 @@ async def _pool_updates(call: Call) -> Any:
 async def _nodes(call: Call) -> Any:
     scheduler = call.scheduler
     pool_id, tag = call.query("workerPoolId"), call.query("workerTag")
-    statuses, providers = call.queries("statuses"), call.queries("providers")
+    statuses, providers = call.words("statuses", NODE_STATUSES), call.words("providers", PROVIDERS)
     instance_id, region = call.query("instanceId"), call.query("region")
     kind, group_id = call.query("instanceType"), call.query("workerTaskGroupId")
-    worker_statuses = call.queries("workerStatuses")
+    worker_statuses = call.words("workerStatuses", WORKER_STATUSES)
     ram, vcpus = call.within("ram"), call.within("vcpus")
     registered, deregistered = call.within("registeredTime"), call.within("deregisteredTime")
     worker_registered = call.within("workerRegisteredTime")
@@ -107,7 +116,7 @@ async def _nodes(call: Call) -> Any:
         )
 
     nodes = scheduler.nodes if pool is None else pool.nodes
-    return call.slice(nodes.values(), wanted, wire.node_json)
+    return call.slice(nodes.values(), wanted, wire.node_json, SORT_NODES)
 
 
 async def _node(call: Call) -> Any:

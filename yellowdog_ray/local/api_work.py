@@ -9,6 +9,7 @@ from yellowdog_ray.local import wire
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.entities import Task, WorkRequirement
 from yellowdog_ray.local.intake import read_task, read_work
+from yellowdog_ray.local.vocabulary import SORT_TASKS, SORT_WORK, TASK_STATUSES, WORK_STATUSES
 from yellowdog_ray.local.web import Action, Call, stream
 
 __all__ = ["ROUTES"]
@@ -36,7 +37,7 @@ async def _update_work(call: Call) -> Any:
 
 
 async def _works(call: Call) -> Any:
-    named, statuses, healthy = call.named(), call.queries("statuses"), call.flag("isHealthy")
+    named, statuses, healthy = call.named(), call.words("statuses", WORK_STATUSES), call.flag("isHealthy")
     created, changed = call.within("createdTime"), call.within("statusChangedTime")
 
     def wanted(work: WorkRequirement) -> bool:
@@ -48,7 +49,7 @@ async def _works(call: Call) -> Any:
             and (healthy is None or wire.work_summary(work)["healthy"] == healthy)
         )
 
-    return call.slice(call.scheduler.works.values(), wanted, wire.work_summary, bare=True)
+    return call.slice(call.scheduler.works.values(), wanted, wire.work_summary, SORT_WORK, bare=True)
 
 
 async def _work(call: Call) -> Any:
@@ -109,7 +110,7 @@ async def _tasks(call: Call) -> Any:
     scheduler = call.scheduler
     work_id, group_id = call.query("workRequirementId"), call.query("taskGroupId")
     name, tag, prefix = call.query("name"), call.query("tag"), call.query("tagStartsWith")
-    statuses, has_errors = call.queries("statuses"), call.flag("hasErrors")
+    statuses, has_errors = call.words("statuses", TASK_STATUSES), call.flag("hasErrors")
     started, finished = call.within("startedTime"), call.within("finishedTime")
     # No task has data here: see read_task.
     has_data = bool(call.flag("hasInputs")) or bool(call.flag("hasOutputs"))
@@ -122,19 +123,18 @@ async def _tasks(call: Call) -> Any:
         tasks = list(scheduler.tasks.values())
 
     def wanted(task: Task) -> bool:
-        its_tag = task.spec.tag or ""
         return (
             not has_data
-            and (name is None or name in (task.spec.name or ""))
-            and (tag is None or tag in its_tag)
-            and (prefix is None or its_tag.startswith(prefix))
+            and call.matches(name, task.spec.name)
+            and call.matches(tag, task.spec.tag)
+            and (prefix is None or (task.spec.tag or "").startswith(prefix))
             and (not statuses or task.status in statuses)
             and (has_errors is None or bool(task.errors) == has_errors)
             and started(task.started)
             and finished(task.finished)
         )
 
-    return call.slice(tasks, wanted, wire.task_json)
+    return call.slice(tasks, wanted, wire.task_json, SORT_TASKS)
 
 
 ROUTES: Mapping[tuple[str, str], Action] = {

@@ -143,14 +143,15 @@ class ControlPort:
     """The control port of a platform.
 
     :param listener: the socket that it is served on.
+    :param token: what every request has to show; None for a new one.
     """
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, token: str | None = None) -> None:
         self._listener = listener
         #: The base URL.
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         #: What every request has to show.
-        self.token = secrets.token_urlsafe(32)
+        self.token = token or secrets.token_urlsafe(32)
 
     def prepare(
         self,

@@ -34,7 +34,14 @@ from platformdirs import user_state_path
 
 from yellowdog_ray.errors import LocalPlatformError, RayDogError, SpecError
 from yellowdog_ray.local.linux import processes_with
-from yellowdog_ray.local.platform import Kept, LocalPlatform, bind_loopback, forget_clusters, remove_leftovers
+from yellowdog_ray.local.platform import (
+    Kept,
+    LocalPlatform,
+    bind_loopback,
+    forget_clusters,
+    remove_leftovers,
+    require_linux,
+)
 from yellowdog_ray.local.process_node import import_path
 from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.local.webpage.access import web_link
@@ -73,6 +80,8 @@ class LocalAccount:
     :param ssh_host_key: the public key by which every node is known.
     :param isolation: what its nodes are made of.
     :param description: the same as a sentence.
+    :param control_url: the base URL of its control port (see :mod:`yellowdog_ray.local.control_port`).
+    :param control_token: the token of that port. Both stay the same, as the key does.
     :param pid: its process.
     :param started: when it was started, in seconds since 1970.
     :param directory: where the files of its nodes are.
@@ -91,6 +100,8 @@ class LocalAccount:
     ssh_host_key: str
     isolation: str
     description: str
+    control_url: str
+    control_token: str = field(repr=False)
     pid: int
     started: float
     directory: str
@@ -112,7 +123,7 @@ class LocalAccount:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment variables for a shell: YellowDog's own, and those that RayDog's example reads."""
+        """The environment variables for a shell: YellowDog's own, the example's, and the control port's."""
         return {
             "YD_API_URL": self.url,
             "YD_API_KEY_ID": self.key_id,
@@ -123,6 +134,8 @@ class LocalAccount:
             "RAYDOG_SSH_KEY": self.ssh_private_key_file,
             "RAYDOG_SSH_PORT": str(self.ssh_port),
             "RAYDOG_SSH_HOST_KEY": self.ssh_host_key,
+            "RAYDOG_CONTROL_URL": self.control_url,
+            "RAYDOG_CONTROL_TOKEN": self.control_token,
         }
 
     @property
@@ -370,12 +383,12 @@ def _left(known: dict[str, Any]) -> list[str]:
 def _forget_dead_clusters(known: dict[str, Any]) -> None:
     """Remove the state files of clusters that a killed platform had."""
     # Where something answers there, the files may tell of its clusters.
-    if _is_free(_port(known)):
+    if _is_free(_port(known["url"])):
         forget_clusters(known["url"])
 
 
-def _port(known: dict[str, Any]) -> int:
-    return int(known["url"].rpartition(":")[2])
+def _port(url: str) -> int:
+    return int(url.rpartition(":")[2])
 
 
 def _is_free(port: int) -> bool:
@@ -404,6 +417,7 @@ def start(home: Home, options: Options) -> tuple[LocalAccount, bool]:
     :returns: what a client needs, and whether it was running already.
     :raises LocalPlatformError: when it does not come up.
     """
+    require_linux()
     home.make()
     with home.alone():
         account = home.account(_START_SECONDS)
@@ -528,6 +542,7 @@ def serve(home: Home, options: Options, told: Callable[[LocalAccount], None]) ->
     :param told: is told when it answers.
     :raises LocalPlatformError: when it cannot come up, or cannot go on.
     """
+    require_linux()
     # What a signal handler may do at any moment is to write to a pipe.
     told_to_end, tell = os.pipe()
     os.set_blocking(tell, False)
@@ -538,8 +553,10 @@ def serve(home: Home, options: Options, told: Callable[[LocalAccount], None]) ->
         if not locked:
             raise LocalPlatformError(f"the local platform {home.name!r} runs already")
         known = _key(home, options)
-        kept = Kept(known["key_id"], known["secret"], home.directory)
-        platform = LocalPlatform(port=known["port"], isolation=options.isolation, kept=kept)
+        port = known.pop("port")
+        platform = LocalPlatform(
+            port=port, isolation=options.isolation, kept=Kept(**known, directory=home.directory)
+        )
         # A signal that comes while it starts is heeded afterwards.
         with platform.start():
             account = LocalAccount(
@@ -555,6 +572,8 @@ def serve(home: Home, options: Options, told: Callable[[LocalAccount], None]) ->
                 ssh_host_key=platform.ssh_host_key,
                 isolation=platform.isolation.value,
                 description=platform.describe(),
+                control_url=platform.control_url,
+                control_token=platform.control_token,
                 pid=os.getpid(),
                 started=time.time(),
                 directory=platform.directory,
@@ -581,12 +600,12 @@ def _tell(pipe: int) -> None:
 
 
 def _key(home: Home, options: Options) -> dict[str, Any]:
-    """Choose the application key and the port: those from before, where that is possible."""
+    """Choose the application key, the ports and the token: those from before, where that is possible."""
     known = home.read()
     key_id, secret = known.get("key_id"), known.get("secret")
     port = options.port
     if port is None and "url" in known:
-        port = _port(known)
+        port = _port(known["url"])
         if not _is_free(port):
             # Whoever is there now may have been sent the key, by a client that did not know.
             _log.warning(
@@ -595,7 +614,17 @@ def _key(home: Home, options: Options) -> dict[str, Any]:
             port = key_id = None
     if options.new_key or not key_id or not secret:
         key_id, secret = str(uuid.uuid4()), secrets.token_urlsafe(32)
-    return {"key_id": key_id, "secret": secret, "port": port}
+    control_token = None if options.new_key else known.get("control_token")
+    control_port = _port(known["control_url"]) if "control_url" in known else None
+    if control_port in (None, port) or not _is_free(control_port):
+        control_port = control_token = None
+    return {
+        "key_id": key_id,
+        "secret": secret,
+        "port": port,
+        "control_port": control_port,
+        "control_token": control_token,
+    }
 
 
 def set_up_log() -> None:

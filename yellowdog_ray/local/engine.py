@@ -34,7 +34,12 @@ class SchedulerOptions:
         otherwise it waits for ever.
     :param reuse_finished_names: whether the name of something that has ended may be used again.
     :param end_again: what a client is told that ends what is ending already (a shut-down worker pool, a
-        compute requirement that terminates): ``"accept"``, or ``"refuse"`` with status 403.
+        compute requirement that terminates, a work requirement that is being cancelled): ``"accept"``, or
+        ``"refuse"`` with status 403.
+    :param search_names: whether the names and tags that a search asks for match in ``"part"`` or as a
+        ``"whole"``.
+    :param grow_without_max: whether a pool that says no ``maxNodes`` grows as far as there are tasks;
+        otherwise, up to the number of nodes that it was provisioned with.
     """
 
     template_environment: Literal["replace", "merge"] = "replace"
@@ -47,6 +52,8 @@ class SchedulerOptions:
     fail_dependents: bool = True
     reuse_finished_names: bool = False
     end_again: Literal["accept", "refuse"] = "accept"
+    search_names: Literal["part", "whole"] = "part"
+    grow_without_max: bool = False
 
 
 class Engine:

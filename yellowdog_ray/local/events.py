@@ -134,11 +134,13 @@ class TaskExited:
 
     :param exit_code: 128 + n for a process that signal n ended, as a shell says it.
     :param output_tail: the last lines of what it printed.
+    :param reason: why the machine ended it; empty where it did not.
     """
 
     run_id: str
     exit_code: int
     output_tail: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,14 @@ class Fleet(Engine):
                 node.draining = True
                 if node.busy == 0:
                     self._retire(node, now)
+                else:
+                    # A worker that its group holds for later would be given a task when that comes.
+                    self._release_idle(node, now)
+
+    def _release_idle(self, node: Node, now: float) -> None:
+        for worker in node.workers:
+            if worker.task is None and worker.group is not None:
+                self._release(worker, now)
 
     def _retire(self, node: Node, now: float) -> None:
         """Take a node on which nothing runs out of service."""
@@ -248,9 +256,7 @@ class Fleet(Engine):
         node.pool.draining += 1
         self._touch(node.pool, now)
         self._forget_free(node)
-        for worker in node.workers:
-            if worker.task is None and worker.group is not None:
-                self._release(worker, now)
+        self._release_idle(node, now)
         self._node_quiet(node, now)
 
     def _node_quiet(self, node: Node, now: float) -> None:
@@ -386,9 +392,7 @@ class Fleet(Engine):
         for node in pool.nodes.values():
             if node.status == "RUNNING":
                 self._forget_free(node)
-                for worker in node.workers:
-                    if worker.task is None and worker.group is not None:
-                        self._release(worker, now)
+                self._release_idle(node, now)
         for instance in pool.requirement.instances.values():
             if instance.status == "PENDING":
                 self._stop_instance(instance, now)

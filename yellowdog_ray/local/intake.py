@@ -21,6 +21,7 @@ from yellowdog_ray.local.asks import (
     Usage,
 )
 from yellowdog_ray.local.entities import TaskError
+from yellowdog_ray.local.vocabulary import ERROR_TYPES, PRICING, PROVIDERS, TASK_STATUSES
 
 __all__ = [
     "MAX_GROUPS",
@@ -52,9 +53,6 @@ _DURATION = re.compile(
     r"^P(?:(?P<weeks>\d+)W)?(?:(?P<days>\d+(?:\.\d+)?)D)?"
     r"(?:T(?:(?P<hours>\d+(?:\.\d+)?)H)?(?:(?P<minutes>\d+(?:\.\d+)?)M)?(?:(?P<seconds>\d+(?:\.\d+)?)S)?)?$"
 )
-# SDK: CloudProvider, InstancePricingPreference.
-_PROVIDERS = frozenset({"AWS", "AZURE", "GOOGLE", "OCI", "ON_PREMISE"})
-_PRICING = frozenset({"ON_DEMAND_ONLY", "ON_DEMAND_THEN_SPOT", "SPOT_ONLY", "SPOT_THEN_ON_DEMAND"})
 _UNIT = {"weeks": 604800.0, "days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 
 
@@ -174,6 +172,8 @@ class Fields:
         low = inner._typed("min", (int, float), "a number")
         high = inner._typed("max", (int, float), "a number")
         inner.done()
+        if low is not None and high is not None and low > high:
+            raise self.bad(key, f"a range: min {low} is more than max {high}")
         return Range(low, high)
 
     def objects(self, key: str) -> list[Any]:
@@ -189,8 +189,9 @@ class Fields:
         self._seen.update(keys)
 
     def done(self) -> None:
-        """Refuse every field that holds something and was not read."""
-        left = [key for key, value in self._value.items() if key not in self._seen and value]
+        """Refuse every field that holds something and was not read; false and 0 are something."""
+        nothing: tuple[Any, ...] = (None, "", [], {})
+        left = [key for key, value in self._value.items() if key not in self._seen and value not in nothing]
         if left:
             raise RefusedError.invalid(
                 f"{self._where}.{left[0]} is not supported by the local platform"
@@ -282,18 +283,38 @@ def _known(fields: Fields, key: str, words: Iterable[str | None], known: frozens
             raise fields.bad(key, f"one of {', '.join(sorted(known))}, not {word!r}")
 
 
-def _check_selection(value: Any, where: str, inner: bool = False) -> Any:
-    """Return a ``Selection`` of error selectors, or (inner) of plain values, whose form is right."""
+# What an error can be chosen by, and the words that it can have there; an exit code is a number.
+_ERROR_PARTS: Mapping[str, frozenset[str] | None] = {
+    "errorTypes": ERROR_TYPES,
+    "statusesAtFailure": TASK_STATUSES,
+    "processExitCodes": None,
+}
+
+
+def _check_part(where: str, known: frozenset[str] | None, values: Iterable[Any]) -> None:
+    """Refuse a value that no error ever has: nothing would be retried, without a word."""
+    for value in values:
+        if known is None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise RefusedError.invalid(f"{where} must be whole numbers, not {value!r}")
+        if known is not None and value not in known:
+            raise RefusedError.invalid(f"{where} must be of {', '.join(sorted(known))}, not {value!r}")
+
+
+def _check_selection(value: Any, where: str, part: str | None = None) -> Any:
+    """Return a ``Selection`` of error selectors, or of the values of one part of them, that is right."""
     if value is None:
         return None
     fields = Fields(value, where)
     for key in ("includes", "excludes"):
-        for number, each in enumerate(fields.objects(key)):
-            if not inner:
-                selector = Fields(each, f"{where}.{key}[{number}]")
-                for part in ("errorTypes", "statusesAtFailure", "processExitCodes"):
-                    _check_selection(selector.get(part), f"{where}.{key}[{number}].{part}", inner=True)
-                selector.done()
+        values = fields.objects(key)
+        if part is not None:
+            _check_part(f"{where}.{key}", _ERROR_PARTS[part], values)
+            continue
+        for number, each in enumerate(values):
+            selector = Fields(each, f"{where}.{key}[{number}]")
+            for name in _ERROR_PARTS:
+                _check_selection(selector.get(name), f"{where}.{key}[{number}].{name}", name)
+            selector.done()
     fields.done()
     return value
 
@@ -301,8 +322,8 @@ def _check_selection(value: Any, where: str, inner: bool = False) -> Any:
 def _check_matchers(value: Any) -> Any:
     for number, each in enumerate(value or ()):
         matcher = Fields(each, f"retryableErrors[{number}]")
-        for key in ("errorTypes", "statusesAtFailure", "processExitCodes"):
-            matcher.objects(key)
+        for key, known in _ERROR_PARTS.items():
+            _check_part(f"retryableErrors[{number}].{key}", known, matcher.objects(key))
         matcher.done()
     return value
 
@@ -346,8 +367,8 @@ def _read_run(fields: Fields, raw: Mapping[str, Any]) -> RunSpec:
         destinations=tuple(destinations),
         json={key: each for key, each in raw.items() if each is not None},
     )
-    _known(fields, "instancePricingPreference", (run.pricing,), _PRICING)
-    _known(fields, "providers", sorted(run.providers), _PROVIDERS)
+    _known(fields, "instancePricingPreference", (run.pricing,), PRICING)
+    _known(fields, "providers", sorted(run.providers), PROVIDERS)
     # Tasks are never queued on a node ahead of time here, so that both settings mean the same.
     fields.flag("disablePreallocation", False)
     fields.done()
@@ -371,6 +392,7 @@ def read_group(value: Any, number: int) -> GroupSpec:
     if fields.get("tasks"):
         raise RefusedError.invalid(f"taskGroups[{number}].tasks: tasks are added by a call of their own")
     template, ttl = fields.fields("taskTemplate"), fields.text("completedTaskTtl")
+    fields.duration("completedTaskTtl")
     dependencies = [*(fields.strings("dependencies") or ())]
     before = fields.text("dependentOn")
     if before and before not in dependencies:

@@ -48,7 +48,10 @@ class Machines(Fleet):
         older = self._pool_names.get(key)
         if older is not None and not (self.options.reuse_finished_names and older.finished):
             raise RefusedError.invalid(f"A worker pool {usage.namespace}/{usage.name} already exists")
-        max_nodes = spec.max_nodes if spec.max_nodes is not None else max(usage.target, spec.min_nodes)
+        max_nodes = spec.max_nodes
+        if max_nodes is None:
+            unsaid = MAX_NODES if self.options.grow_without_max else usage.target
+            max_nodes = max(unsaid, spec.min_nodes)
         if usage.target > max_nodes:
             raise RefusedError.invalid(
                 f"targetInstanceCount {usage.target} is more than maxNodes {max_nodes}"

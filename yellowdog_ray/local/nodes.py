@@ -1,14 +1,14 @@
 """Nodes on this machine: what each is made of, and the backend that makes them.
 
-Three kinds, the best that the machine allows (see :class:`Isolation`). The work is done by a supervisor
-process (:mod:`yellowdog_ray.local.supervisor`); this side asks it, and turns its answers into events.
+Of three kinds, the best that the machine allows (:mod:`yellowdog_ray.local.isolation`). The work is done
+by a supervisor process (:mod:`yellowdog_ray.local.supervisor`); this side asks it, and turns its answers into
+events.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import json
 import os
 import pwd
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from yellowdog_ray.errors import LocalPlatformError
-from yellowdog_ray.local import linux
+from yellowdog_ray.local import cgroups, linux
 from yellowdog_ray.local.events import (
     AbortTask,
     Effect,
@@ -42,6 +42,7 @@ from yellowdog_ray.local.events import (
     TaskNotStarted,
     TaskStarted,
 )
+from yellowdog_ray.local.isolation import Isolation
 from yellowdog_ray.local.process_node import (
     import_path,
     mirror_environment,
@@ -59,25 +60,6 @@ _START_TIMEOUT = 20.0
 _OUTPUT_BYTES = 65_536
 _FIRST_NUMBER, _LAST_NUMBER = 10, 250
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-class Isolation(str, enum.Enum):
-    """How far the nodes on this machine are apart from each other and from the user's own processes."""
-
-    NAMESPACES = "namespaces"
-    """As root: network, PID, mount, IPC and host name namespaces; nodes can be reached at their address."""
-    USER_NAMESPACES = "user-namespaces"
-    """The same inside an unprivileged user namespace; nodes are reached by SSH at a loopback address."""
-    PROCESSES = "processes"
-    """Plain processes with loopback addresses of their own, which share this machine's ports and /tmp."""
-
-    def sentence(self) -> str:
-        """Say it to the user."""
-        return {
-            Isolation.NAMESPACES: "network, PID and mount namespaces (root)",
-            Isolation.USER_NAMESPACES: "namespaces inside an unprivileged user namespace",
-            Isolation.PROCESSES: "plain processes with loopback addresses",
-        }[self]
 
 
 class SSHIdentity:
@@ -126,6 +108,7 @@ class LocalNodes:
     :param lock: a descriptor that the supervisor keeps open for as long as it lives.
     :param ssh: the keys of the nodes; None for new ones in the directory.
     :param system_sshd: whether to use the system's SSH server where there is one.
+    :param limits: whether the size of a node is enforced; None for as far as that can be.
     :raises LocalPlatformError: when no kind works, or the kind that was asked for does not.
     """
 
@@ -137,8 +120,10 @@ class LocalNodes:
         lock: int,
         ssh: SSHIdentity | None = None,
         system_sshd: bool = True,
+        limits: bool | None = None,
     ) -> None:
         self._directory, self._lock = directory, lock
+        self.groups = _groups(directory, limits)
         self.ssh = ssh or SSHIdentity(directory)
         self.user, self._group = _user()
         self._on_event: Callable[[Event], None] = lambda event: None
@@ -251,6 +236,7 @@ class LocalNodes:
         deadline = time.monotonic() + 5
         while self._interface and _has_interface(self._interface) and time.monotonic() < deadline:
             time.sleep(0.02)
+        self.groups.remove_left()
         self._claim.close()
 
     def _expect(self, event: str) -> dict[str, Any]:
@@ -277,6 +263,7 @@ class LocalNodes:
         _require_ssh(self._host_address(_FIRST_NUMBER), self._ssh_port)
         self._channel.send({"op": "stop", "id": _node_id(_FIRST_NUMBER)})
         self._expect("gone")
+        self.groups.remove(_node_id(_FIRST_NUMBER))
         self._close_listener(_node_id(_FIRST_NUMBER))
 
     def serve(self, loop: asyncio.AbstractEventLoop, on_event: Callable[[Event], None]) -> None:
@@ -307,6 +294,7 @@ class LocalNodes:
             found.append(f"supervisor {self._supervisor.pid}")
         if self._interface and _has_interface(self._interface):
             found.append(f"network interface {self._interface}")
+        found += [f"control group {path}" for path in self.groups.left()]
         if self._directory.exists():
             found.append(f"directory {self._directory}")
         return found
@@ -347,6 +335,9 @@ class LocalNodes:
         node_id = _node_id(number)
         private_ip = f"{self._prefix}.{number}"
         self._write_node_files(node_id, request, private_ip)
+        # What the default scripts tell Ray. It knows whole CPUs only, and needs some memory.
+        vcpus, memory = max(1, int(request.vcpus)), max(NODE_MEMORY, int(request.ram * (1 << 30)))
+        group = self.groups.make(node_id, memory, request.vcpus)
         fds = []
         if self._kind is Isolation.USER_NAMESPACES:
             # A socket stays in the network namespace that it was made in: this one is reached from this
@@ -361,6 +352,8 @@ class LocalNodes:
                 "hostname": request.hostname,
                 "private_ip": private_ip,
                 "python": sys.executable,
+                "group": asdict(group),
+                "memory": memory,
                 "environment": {
                     "PATH": _PATH,
                     "LANG": "C.UTF-8",
@@ -371,9 +364,8 @@ class LocalNodes:
                     "YD_REGION": request.region,
                     "YD_INSTANCE_TYPE": request.instance_type,
                     "YD_INSTANCE_ID": request.instance_id,
-                    # What the default scripts tell Ray. It knows whole CPUs only, and needs some memory.
-                    "RAYDOG_NODE_VCPUS": str(max(1, int(request.vcpus))),
-                    "RAYDOG_NODE_MEMORY": str(max(NODE_MEMORY, int(request.ram * (1 << 30)))),
+                    "RAYDOG_NODE_VCPUS": str(vcpus),
+                    "RAYDOG_NODE_MEMORY": str(memory),
                     # Known by this, whatever becomes of their parents.
                     NODE_FILES: f"{self._directory}/{node_id}",
                     **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
@@ -472,7 +464,7 @@ class LocalNodes:
         if event == "task_started":
             self._on_event(TaskStarted(message["run_id"]))
         elif event == "task_exited":
-            self._on_event(TaskExited(message["run_id"], message["exit_code"], message["output_tail"]))
+            self._on_event(_exited(message))
         elif event == "task_not_started":
             self._on_event(TaskNotStarted(message["run_id"], message["reason"]))
         elif request is None:
@@ -508,6 +500,7 @@ class LocalNodes:
         self._started.pop(node_id, None)
         self._stopping.discard(node_id)
         self._losing.pop(node_id, None)
+        self.groups.remove(node_id)
         self._close_listener(node_id)
 
     def _supervisor_gone(self, reason: str) -> None:
@@ -610,6 +603,26 @@ def free_memory() -> int:
     return free
 
 
+def _exited(message: dict[str, Any]) -> TaskExited:
+    return TaskExited(
+        message["run_id"], message["exit_code"], message["output_tail"], message.get("reason", "")
+    )
+
+
+def _groups(directory: Path, limits: bool | None) -> cgroups.Groups:
+    """Find out where the nodes' control groups are to be, and write it down.
+
+    :raises LocalPlatformError: when there must be limits, and there can be none.
+    """
+    if limits is False:
+        return cgroups.Groups(directory.name, None, None, None, None, "as was asked for")
+    groups = cgroups.find(directory.name)
+    if limits and groups.reason:
+        raise LocalPlatformError(f"the size of a node cannot be enforced here: {groups.reason}")
+    groups.record(directory)
+    return groups
+
+
 def _task(effect: StartTask) -> dict[str, Any]:
     return {
         "run_id": effect.run_id,
@@ -624,8 +637,6 @@ def _task(effect: StartTask) -> dict[str, Any]:
 
 
 def _candidates() -> list[Isolation]:
-    if sys.platform != "linux":
-        raise LocalPlatformError("the local platform's nodes need Linux")
     below = [Isolation.USER_NAMESPACES, Isolation.PROCESSES]
     return [Isolation.NAMESPACES, *below] if os.geteuid() == 0 else below
 

@@ -15,6 +15,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
+from yellowdog_ray.local.cgroups import remove_all
 from yellowdog_ray.local.linux import processes_with, remove_tree
 from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, SSHIdentity, free_memory
 from yellowdog_ray.local.supervisor import NODE_FILES
@@ -35,11 +37,10 @@ from yellowdog_ray.local.webpage.access import web_link
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from yellowdog_ray.local.control_port import ControlPort
     from yellowdog_ray.local.daemon import LocalAccount
     from yellowdog_ray.local.events import Event
     from yellowdog_ray.local.platform_faults import PlatformFaults
-    from yellowdog_ray.local.scheduler import Scheduler
+    from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions
     from yellowdog_ray.raydog.reach import SSHAccess
 
 __all__ = ["DEFAULT_TEMPLATES", "Kept", "LocalPlatform", "NodeTemplate"]
@@ -60,7 +61,7 @@ class NodeTemplate:
     """What a compute requirement template of the local platform says of its nodes.
 
     The default scripts tell Ray that a node has this size (whole CPUs, and at least what Ray itself needs of
-    memory). Nothing keeps a node's processes from using more.
+    memory). Where control groups can be made, a node's processes are held to it.
 
     :param vcpus: a node's virtual CPUs.
     :param ram: its memory in GiB.
@@ -76,7 +77,7 @@ class NodeTemplate:
                 raise SpecError(f"{name} of a node must be a positive number, not {value!r}")
 
 
-DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate()}
+DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate(ram=2)}
 """The templates that a local platform has when it is not told others, by ``namespace/name``."""
 
 
@@ -84,12 +85,18 @@ DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate()}
 class Kept:
     """What a platform goes on with that is not to be new each time.
 
+    :param key_id: the id of its application key.
+    :param secret: the secret of that key.
     :param directory: where its SSH keys and its history are, for this user only; it is there already.
+    :param control_port: the TCP port of its control port; None for a free one.
+    :param control_token: the token of its control port; None for a new one.
     """
 
     key_id: str
     secret: str = field(repr=False)
     directory: Path
+    control_port: int | None = None
+    control_token: str | None = field(default=None, repr=False)
 
 
 class _State(enum.Enum):
@@ -106,13 +113,16 @@ class LocalPlatform:
     Python process that started it, however that ends.
 
     :param port: the TCP port of its API on 127.0.0.1; None for a free one.
-    :param isolation: the kind of node (see :class:`~yellowdog_ray.local.nodes.Isolation`, or its value
+    :param isolation: the kind of node (see :class:`~yellowdog_ray.local.isolation.Isolation`, or its value
         as text); None for the best that this machine and user allow.
     :param templates: what its compute requirement templates offer, by ``namespace/name``.
     :param system_sshd: whether nodes use this machine's own sshd where it is installed; otherwise they
         use the embedded one.
     :param kept: what it goes on with, for a platform that stays (``raydog local``); None for a new key and
         no history.
+    :param limits: whether a node's processes are held to the CPUs and the memory of its template, by control
+        groups; None for as far as this machine and user allow, True to refuse to start elsewhere.
+    :param options: choices where YellowDog's behaviour is not documented; None for the defaults.
 
     :raises SpecError: when an argument cannot work.
     """
@@ -125,6 +135,8 @@ class LocalPlatform:
         templates: Mapping[str, NodeTemplate] | None = None,
         system_sshd: bool = True,
         kept: Kept | None = None,
+        limits: bool | None = None,
+        options: SchedulerOptions | None = None,
     ) -> None:
         kinds = [kind.value for kind in Isolation]
         if isolation is not None and isolation not in kinds:
@@ -134,6 +146,7 @@ class LocalPlatform:
         self._isolation = Isolation(isolation) if isolation else None
         self._port = port
         self._system_sshd = system_sshd
+        self._limits, self._options = limits, options
         self._templates = dict(DEFAULT_TEMPLATES if templates is None else templates)
         for name in self._templates:
             if name.count("/") != 1:
@@ -244,7 +257,7 @@ class LocalPlatform:
 
     @property
     def control_token(self) -> str:
-        """The token that the control port wants to be shown. It is new with every platform."""
+        """The token that the control port wants to be shown."""
         return self._running_server.control.token
 
     @property
@@ -264,18 +277,19 @@ class LocalPlatform:
         text = f"nodes are {self._nodes.isolation.sentence()}; SSH server: {self._nodes.ssh_server}"
         if self._nodes.refusals:
             text += f" (not {'; '.join(self._nodes.refusals)})"
-        return f"{text}; a node's CPUs and memory are told to Ray, not enforced"
+        return f"{text}; {self._nodes.groups.sentence()}"
 
     # Life
 
     def start(self) -> LocalPlatform:
         """Start the platform, after removing what a crashed one left behind.
 
-        :raises LocalPlatformError: when the machine has too little free memory for a node, no free
-            port, or no way to make nodes.
+        :raises LocalPlatformError: when the machine does not run Linux, or has too little free memory for a
+            node, no free port, or no way to make nodes.
         """
         if self._state is not _State.NEW:
             raise ClusterStateError(f"this platform cannot be started: {self._state.value}")
+        require_linux()
         _require_packages()
         if free_memory() < NODE_MEMORY:
             raise LocalPlatformError(
@@ -314,6 +328,7 @@ class LocalPlatform:
             lock=self._lock,
             ssh=SSHIdentity(self._kept.directory) if self._kept else None,
             system_sshd=self._system_sshd,
+            limits=self._limits,
         )
         if self._nodes.isolation is Isolation.PROCESSES:
             _require_ray_ports(self._nodes)
@@ -405,15 +420,18 @@ class _Server:
     """The thread of a platform: its event loop, HTTP server and control plane."""
 
     def __init__(self, platform: LocalPlatform, listener: socket.socket, nodes: LocalNodes) -> None:
+        from yellowdog_ray.local.control_port import ControlPort
+
         self._platform, self._listener, self._nodes = platform, listener, nodes
-        control = bind_loopback(None)
+        kept = platform._kept
+        control = bind_loopback(kept.control_port if kept else None)
         control.listen(128)
         self._control_listener = control
+        self.control = ControlPort(control, kept.control_token if kept else None)
         # A server closes its listener itself, and only its own descriptor of it.
         self._listener_copies = [listener.dup(), control.dup()]
         self.port: int = listener.getsockname()[1]
         self.faults: PlatformFaults
-        self.control: ControlPort
         self._thread = threading.Thread(target=self._run, name="raydog-local-platform", daemon=True)
         self._started = threading.Event()
         self._failure: BaseException | None = None
@@ -470,7 +488,7 @@ class _Server:
         from yellowdog_ray.local.history import History
 
         self._loop = asyncio.get_running_loop()
-        scheduler, kept = _scheduler(self._platform._templates), self._platform._kept
+        scheduler, kept = _scheduler(self._platform._templates, self._platform._options), self._platform._kept
         self._core = ControlPlane(scheduler, self._loop, self._platform.key_id, self._platform.secret)
         if kept is None:
             await self._serve_api(create_app(self._core))
@@ -487,7 +505,6 @@ class _Server:
     async def _serve_api(self, app: Starlette) -> None:
         import uvicorn
 
-        from yellowdog_ray.local.control_port import ControlPort
         from yellowdog_ray.local.platform_faults import FaultyMachines, PlatformFaults
         from yellowdog_ray.local.webpage.front import Front
 
@@ -497,7 +514,6 @@ class _Server:
         self._core.backend = machines
         self._nodes.serve(self._loop, machines.on_event)
         self.faults = PlatformFaults(app, self._core, self._loop, machines)
-        self.control = ControlPort(self._control_listener)
         control = self.control.prepare(self._core, self.faults)
         front = Front(self.faults, self._core, self._platform.secret, self._nodes.task_output)
         config = uvicorn.Config(front, log_config=None, access_log=False, lifespan="off", ws="none")
@@ -515,10 +531,10 @@ def _close(reference: weakref.ref[LocalPlatform]) -> None:
         platform.close()
 
 
-def _scheduler(templates: Mapping[str, NodeTemplate]) -> Scheduler:
+def _scheduler(templates: Mapping[str, NodeTemplate], options: SchedulerOptions | None) -> Scheduler:
     from yellowdog_ray.local.scheduler import Scheduler, Template
 
-    scheduler = Scheduler()
+    scheduler = Scheduler(options)
     for full_name, template in templates.items():
         namespace, _, name = full_name.partition("/")
         scheduler.add_template(
@@ -546,6 +562,7 @@ def remove_leftovers() -> None:
                 continue
             for pid in processes_with(NODE_FILES, str(directory)):
                 os.kill(pid, signal.SIGKILL)
+            remove_all(directory)
             remove_tree(directory)
 
 
@@ -605,6 +622,19 @@ def bind_loopback(port: int | None) -> socket.socket:
             "choose another port"
         ) from None
     return listener
+
+
+def require_linux() -> None:
+    """Say at once where no node can be made, and what can be done there.
+
+    :raises LocalPlatformError: on any system but Linux.
+    """
+    if sys.platform != "linux":
+        raise LocalPlatformError(
+            f"the local platform's nodes need Linux, and this is {sys.platform}: start it in a Linux "
+            "container or virtual machine (no privileges are needed there). LocalControlPlane, whose nodes "
+            "are simulated, and clusters on YellowDog work here too"
+        )
 
 
 def _require_packages() -> None:

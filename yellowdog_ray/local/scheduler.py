@@ -142,6 +142,8 @@ class Scheduler(Machines, Work):
             self._lost(task, "The node that ran the task was terminated", now)
         else:
             text = f"Task process exited with non-zero exit code {code}"
+            if event.reason:
+                text += f": {event.reason}"
             tail = event.output_tail.rstrip()
             if tail:
                 # More than the real platform says, which gives no output here.

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from yellowdog_ray.local import linux
+from yellowdog_ray.local import cgroups, linux
 from yellowdog_ray.local.agent import Agent
 from yellowdog_ray.local.protocol import Channel, Closed, Loop
 
@@ -90,6 +90,7 @@ def main() -> None:
     status = _watch(control, settings, owner_fd, lock_fd)
     if select.select([owner_fd], [], [], 0)[0]:
         # Nobody else is left to remove it.
+        cgroups.remove_all(Path(settings.directory))
         linux.remove_tree(settings.directory)
     sys.exit(status)
 
@@ -429,10 +430,15 @@ def _be_node(
     linux.set_process_name("raydog-agent")
     directory = Path(settings.directory, message["id"])
     home, data = Path(directory, "agent"), Path(directory, "data")
+    group = cgroups.NodeGroup(**message["group"])
     try:
         if settings.namespaced:
             _mount_node(directory, settings)
             home, data = Path(AGENT_HOME), Path(AGENT_DATA)
+            # As in a container, what asks for the machine's memory (Ray does) is told the node's.
+            for place, shown in group.mounts.items():
+                linux.bind(shown, place)
+            group = group.inside()
         # With namespaces also where SSH is expected, whatever port this machine's side could have.
         for port in sorted({settings.ssh_port, 22} if settings.namespaced else {settings.ssh_port}):
             listeners.append(_listen(message["private_ip"], port))
@@ -457,7 +463,10 @@ def _be_node(
             "--host-key", str(ssh / "host_key"), "--authorized-keys", str(ssh / "authorized_keys"),
             "--user", settings.user, "--user", "yd-agent",
         ]  # fmt: skip
-    Agent(line, home, data, environment, command, listeners, ssh_takes_listeners=settings.sshd is None).run()
+    Agent(
+        line, home, data, environment, command, listeners, group,
+        memory=message["memory"], ssh_takes_listeners=settings.sshd is None,
+    ).run()  # fmt: skip
 
 
 def _listen(address: str, port: int) -> socket.socket:

@@ -119,6 +119,7 @@ class Call:
         self.scheduler = core.scheduler
         self.now = core.now()
         self._request = request
+        self._read_parameters: set[str] = set()
 
     def path(self, key: str) -> str:
         """Return a part of the path."""
@@ -126,12 +127,40 @@ class Call:
 
     def query(self, key: str) -> str | None:
         """Return a parameter; an empty one is as good as none."""
+        self._read_parameters.add(key)
         return self._request.query_params.get(key) or None
 
     def queries(self, *keys: str) -> frozenset[str]:
         """Return all values of a parameter that may be repeated, under any of its names."""
+        self._read_parameters.update(keys)
         params = self._request.query_params
         return frozenset(value for key in keys for value in params.getlist(key) if value)
+
+    def words(self, key: str, known: frozenset[str]) -> frozenset[str]:
+        """Return all values of a parameter that may be repeated; a value that nothing can have is refused."""
+        values = self.queries(key)
+        for value in sorted(values - known):
+            raise RefusedError.invalid(f"{key} must be one of {', '.join(sorted(known))}, not {value!r}")
+        return values
+
+    def take_any(self) -> None:
+        """Let every parameter pass: there is nothing that a filter could leave out."""
+        self._read_parameters.update(self._request.query_params)
+
+    def refuse_unread(self, known: frozenset[str] | None = None) -> None:
+        """Refuse parameters that nobody has read: a mistyped filter would find everything.
+
+        :param known: those that will be read; None for those that have been.
+        """
+        params = self._request.query_params
+        known = frozenset(self._read_parameters) if known is None else known
+        for key in params:
+            if key not in known and any(params.getlist(key)):
+                has = f"; it has {', '.join(sorted(known))}" if known else ""
+                raise RefusedError.invalid(
+                    f"The query parameter {key} is not supported by the local platform on "
+                    f"{self._request.method} {self._request.url.path}{has}"
+                )
 
     def flag(self, key: str) -> bool | None:
         """Return a boolean parameter, written in any case; None if it is not given."""
@@ -180,18 +209,24 @@ class Call:
             raise RefusedError.invalid(f"{key} must be a number or a time, not {value!r}") from None
         return when.timestamp() + float(f"0.{found[2] or 0}")
 
+    def matches(self, wanted: str | None, has: str | None) -> bool:
+        """Say whether a name or tag is what a search asks for: in part, as the CLI expects; None is any."""
+        if self.scheduler.options.search_names == "whole":
+            return wanted in (None, has)
+        return wanted is None or wanted in (has or "")
+
     def named(self) -> Callable[[str, str | None, str | None], bool]:
         """Return the test by namespace, name and tag that most lists have in common.
 
-        Names and tags match in part, as the CLI expects; namespaces match as a whole.
+        Names and tags match as :meth:`matches` says; namespaces match as a whole.
         """
         namespaces, name, tag = self.queries("namespaces", "namespace"), self.query("name"), self.query("tag")
 
         def test(its_namespace: str, its_name: str | None, its_tag: str | None) -> bool:
             return (
                 (not namespaces or its_namespace in namespaces)
-                and (name is None or name in (its_name or ""))
-                and (tag is None or tag in (its_tag or ""))
+                and self.matches(name, its_name)
+                and self.matches(tag, its_tag)
             )
 
         return test
@@ -229,26 +264,34 @@ class Call:
         things: Iterable[T],
         wanted: Callable[[T], bool],
         write: Callable[[T], dict[str, Any]],
+        sortable: frozenset[str],
         bare: bool = False,
     ) -> Any:
         """Return one slice of a list, in the order of creation or as ``sortField`` says.
 
         :param things: all of them, in an order that only grows at its end.
+        :param sortable: the fields that ``sortField`` may name.
         :param bare: answer with a bare list of all unless ``sliced=true`` (the old form of some lists).
         """
         everything: Sequence[T] = list(things)
         sort, direction = self.query("sortField"), self.query("sortDirection") or "ASCENDING"
         if direction not in ("ASCENDING", "DESCENDING"):
             raise RefusedError.invalid(f"sortDirection must be ASCENDING or DESCENDING, not {direction!r}")
+        sliced = self.flag("sliced")
+        size = self.whole("size", 1, MAX_SLICE) or MAX_SLICE
+        start = self.whole("sliceId", 0, 1 << 40) or 0
+        self.refuse_unread()
+        if sort is not None and sort not in sortable:
+            raise RefusedError.invalid(
+                f"sortField must be one of {', '.join(sorted(sortable))}, not {sort!r}"
+            )
         if sort is not None:
             # Dates and enums sort as texts; what lacks the field comes first.
             keyed = [(_sort_key(write(each), sort), each) for each in everything]
             keyed.sort(key=lambda pair: pair[0], reverse=direction == "DESCENDING")
             everything = [each for _, each in keyed]
-        if bare and not self.flag("sliced"):
+        if bare and not sliced:
             return [write(each) for each in everything if wanted(each)]
-        size = self.whole("size", 1, MAX_SLICE) or MAX_SLICE
-        start = self.whole("sliceId", 0, 1 << 40) or 0
         items: list[dict[str, Any]] = []
         for position in range(start, len(everything)):
             if wanted(everything[position]):
@@ -266,12 +309,24 @@ def _sort_key(written: Mapping[str, Any], field: str) -> tuple[int, Any]:
     return (2, str(value)) if value is not None else (0, 0)
 
 
-def handler(core: Core, action: Action) -> Callable[[Request], Awaitable[Response]]:
-    """Return an endpoint for something that takes a call and returns what is to be answered."""
+def handler(
+    core: Core, action: Action, parameters: frozenset[str] | None = frozenset()
+) -> Callable[[Request], Awaitable[Response]]:
+    """Return an endpoint for something that takes a call and returns what is to be answered.
+
+    :param parameters: what may stand in the call's query, checked before anything is done; None where the
+        action reads only, and whatever it has not read is refused afterwards.
+    """
 
     async def endpoint(request: Request) -> Response:
         try:
-            return answer(await action(Call(request, core)))
+            call = Call(request, core)
+            if parameters is not None:
+                call.refuse_unread(parameters)
+            content = await action(call)
+            if parameters is None:
+                call.refuse_unread()
+            return answer(content)
         except RefusedError as refusal:
             return error(refusal.status, refusal.error_type, refusal.message)
         except ClientDisconnect:

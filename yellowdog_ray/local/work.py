@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import graphlib
+from collections.abc import Callable, Mapping, Sequence
 
 from yellowdog_ray.local.asks import GroupSpec, RefusedError, TaskSpec
 from yellowdog_ray.local.engine import Engine, SchedulerOptions
@@ -117,7 +118,8 @@ class Work(Engine):
     def transition(self, work_id: str, status: str, abort: bool, now: float) -> WorkRequirement:
         """Carry out a client's wish for a work requirement; ``abort`` only matters for CANCELLING."""
         work = self.work(work_id)
-        again = status == work.status == "CANCELLING"
+        # So that an abort can follow.
+        again = status == work.status == "CANCELLING" and self.options.end_again == "accept"
         wished = status in ("HELD", "RUNNING", "FINISHING", "CANCELLING")
         if not again and (not wished or status not in WORK_NEXT.get(work.status, ())):
             raise RefusedError(
@@ -437,8 +439,20 @@ def _check_groups(groups: Sequence[GroupSpec]) -> None:
                 raise RefusedError.invalid(
                     f"Task group {spec.name} depends on {name!r}, which is no other group"
                 )
+    _check_order({spec.name: spec.dependencies for spec in groups})
+    for spec in groups:
         for name, _ in spec.run.destinations:
             if name not in names or name == spec.name:
                 raise RefusedError.invalid(
                     f"Task group {spec.name} resubmits to {name!r}, which is no other group"
                 )
+
+
+def _check_order(dependencies: Mapping[str, Sequence[str]]) -> None:
+    """Refuse groups that wait for one another: they would do so for ever."""
+    try:
+        graphlib.TopologicalSorter(dependencies).prepare()
+    except graphlib.CycleError as error:
+        # The error lists each group before the one that waits for it.
+        circle = " -> ".join(reversed(error.args[1]))
+        raise RefusedError.invalid(f"Task groups depend on one another in a circle: {circle}") from None
