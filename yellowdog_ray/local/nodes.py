@@ -569,7 +569,7 @@ UseDNS no
 PrintMotd no
 PrintLastLog no
 PidFile none
-MaxStartups 200
+LoginGraceTime 20
 MaxSessions 100
 AcceptEnv LANG LC_* RAY_*
 Subsystem sftp internal-sftp
