@@ -513,7 +513,7 @@ class _Server:
         machines.machines = self._nodes
         self._core.backend = machines
         self._nodes.serve(self._loop, machines.on_event)
-        self.faults = PlatformFaults(app, self._core, self._loop, machines)
+        self.faults = PlatformFaults(app, self._core, machines)
         control = self.control.prepare(self._core, self.faults)
         front = Front(self.faults, self._core, self._platform.secret, self._nodes.task_output)
         config = uvicorn.Config(front, log_config=None, access_log=False, lifespan="off", ws="none")
