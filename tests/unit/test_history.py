@@ -271,7 +271,7 @@ def test_an_odd_entry_is_passed_over(path: Path, text: str, caplog: pytest.LogCa
             "(SELECT min(rowid) FROM things WHERE kind = 'group')",
             (text,),
         )
-        database.execute("INSERT INTO things VALUES ('unknown', 'a', 0, '{}')")
+        database.execute("INSERT INTO things VALUES ('unknown', 'a', '', 0, '{}')")
     scheduler = load(path)
     assert len(scheduler.works) == 3
     assert len(scheduler.groups) == 2
