@@ -1,9 +1,9 @@
 """What a platform remembers beyond its end: a file of all that it has known, shown again by the next one.
 
-The file is a SQLite database with one table: a row for each thing, as JSON, with the id of the requirement that
-it belongs to. It is written by a thread of its own, at most every half second, and never keeps the platform
-from working: a file that is damaged or of another version is put aside, and what cannot be written is only
-logged, and tried again.
+The file is a SQLite database with one table: a row for each thing, as JSON, with the id of the requirement
+that it belongs to. It is written by a thread of its own, at most every half second, and never keeps the
+platform from working: a file that is damaged or of another version is put aside, and what cannot be written
+is only logged, and tried again.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class History:
             # What a loss of power takes is the last moments; never the file.
             database.execute("PRAGMA synchronous = NORMAL")
             database.execute(
-                "CREATE TABLE IF NOT EXISTS things (kind TEXT NOT NULL, id TEXT NOT NULL, root TEXT NOT NULL, "
-                "updated REAL NOT NULL, json TEXT NOT NULL, PRIMARY KEY (kind, id))"
+                "CREATE TABLE IF NOT EXISTS things (kind TEXT NOT NULL, id TEXT NOT NULL, "
+                "root TEXT NOT NULL, updated REAL NOT NULL, json TEXT NOT NULL, PRIMARY KEY (kind, id))"
             )
             database.execute(f"PRAGMA user_version = {VERSION}")
         except BaseException:
@@ -192,13 +192,14 @@ class History:
         )
         # What belongs to none has no root.
         kept, newest = {""}, []
-        for kind in _MANY:
+        for kind, many in _MANY.items():
             count = 0
             for root, updated, text in database.execute(
-                "SELECT id, updated, json FROM things WHERE kind = ? ORDER BY updated DESC, rowid DESC", (kind,)
+                "SELECT id, updated, json FROM things WHERE kind = ? ORDER BY updated DESC, rowid DESC",
+                (kind,),
             ):
                 if count == 0:
-                    newest.append((_MANY[kind], root))
+                    newest.append((many, root))
                 elif count + sizes.get(root, 1) > KEEP_TASKS:
                     break
                 count += sizes.get(root, 1)
@@ -296,8 +297,8 @@ class History:
             with self._attempt("written"):
                 with _transaction(database):
                     database.executemany(
-                        "INSERT INTO things VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, id) "
-                        "DO UPDATE SET root = excluded.root, updated = excluded.updated, json = excluded.json",
+                        "INSERT INTO things VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, id) DO "
+                        "UPDATE SET root = excluded.root, updated = excluded.updated, json = excluded.json",
                         list(waiting.values()),
                     )
                 # Only here it is in the file; what is not goes with the next.
