@@ -14,7 +14,7 @@ import requests
 
 from tests.controlplane import KEY_ID, SECRET, Fault, Served, serve
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
-from yellowdog_ray.local import LocalControlPlane
+from yellowdog_ray.local import LocalControlPlane, control_plane
 
 NAMESPACES = "/namespaces"
 
@@ -100,6 +100,22 @@ def test_count_and_skip(platform, client):
     assert codes == [200, 500, 500, 200, 200, 200, 429, 429]
     assert [each.hits for each in platform.faults.faults] == [2, 2]
     platform.faults.clear()
+    assert client("GET", "/application").status_code == 200
+
+
+def test_a_method_is_written_in_any_case(platform, client):
+    fault = Fault("get", "^/application$", 500)
+    platform.faults.faults = [fault]
+    assert client("GET", "/application").status_code == 500
+    assert fault.hits == 1
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_a_status_without_a_body(platform, client, status):
+    """Some answers have no body, whatever the fault has: the connection stays in order."""
+    platform.faults.faults = [Fault("GET", "^/application$", status)]
+    answer = client("GET", "/application")
+    assert (answer.status_code, answer.content) == (status, b"")
     assert client("GET", "/application").status_code == 200
 
 
@@ -242,6 +258,12 @@ def test_its_life():
         client("GET", "/")
     with pytest.raises(ClusterStateError):
         platform.call(len, "")
+
+
+def test_an_argument_that_cannot_be(capsys):
+    with pytest.raises(SystemExit):
+        control_plane.main(["--boot-delay", "inf"])
+    assert "boot_delay must be a number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["stdin", "SIGTERM"])

@@ -6,7 +6,6 @@ whether it was carried out. They are switched off here, and :meth:`Transport.cal
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import threading
@@ -222,7 +221,7 @@ class Transport:
             # does a ~/.netrc replace the application key then.
             found = session.merge_environment_settings(self.credentials.api_url, {}, None, None, None)
             session.proxies, session.verify, session.trust_env = found["proxies"], found["verify"], False
-            if _on_this_machine(self.credentials.api_url):
+            if self.credentials.on_this_machine:
                 # A proxy has a loopback of its own, and would be shown the key.
                 session.proxies = {}
             adapter = session.get_adapter(self.credentials.api_url)
@@ -376,14 +375,6 @@ def _readable(what: str, error: Exception, credentials: Credentials) -> Platform
             f"could not {what}: the answer could not be understood ({type(error).__name__}: {told})"
         )
     return PlatformError(f"could not {what}: {told}", status)
-
-
-def _on_this_machine(api_url: str) -> bool:
-    host = urlsplit(api_url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def nobody_listens(api_url: str) -> bool:
