@@ -110,15 +110,6 @@ def test_a_method_is_written_in_any_case(platform, client):
     assert fault.hits == 1
 
 
-@pytest.mark.parametrize("status", [204, 304])
-def test_a_status_without_a_body(platform, client, status):
-    """Some answers have no body, whatever the fault has: the connection stays in order."""
-    platform.faults.faults = [Fault("GET", "^/application$", status)]
-    answer = client("GET", "/application")
-    assert (answer.status_code, answer.content) == (status, b"")
-    assert client("GET", "/application").status_code == 200
-
-
 def test_method_and_path_choose(platform, client):
     fault = Fault("DELETE", "^/application$", 500, None)
     platform.faults.faults = [fault, Fault("GET", "^/keyrings$", 500, None)]

@@ -25,8 +25,6 @@ _MOST = 1e12
 # What HTTP allows (RFC 9110, 5.1 and 5.5).
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-# Answers that have no body (RFC 9110, 15.3.5, 15.3.6 and 15.4.5).
-_WITHOUT_BODY = (204, 205, 304)
 
 
 class Chosen(Protocol):
@@ -296,8 +294,7 @@ class Faults:
         if isinstance(fault.what, int):
             headers = [(key.encode(), value.encode("latin-1")) for key, value in fault.headers.items()]
             await send({"type": "http.response.start", "status": fault.what, "headers": headers})
-            body = b"" if fault.what in _WITHOUT_BODY else fault.body
-            await send({"type": "http.response.body", "body": body})
+            await send({"type": "http.response.body", "body": fault.body})
         else:
             await _drop(send)
 
