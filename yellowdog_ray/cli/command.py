@@ -317,8 +317,8 @@ def _add_local(commands: _Commands) -> None:
         action="append",
         default=[],
         metavar="NAME=CPUS,GIB",
-        help="a compute requirement template, such as local/large=4,8, and the size of its nodes; may be given "
-        "several times (those it had before)",
+        help="a compute requirement template, such as local/large=4,8, and the size of its nodes; may be "
+        "given several times (those it had before)",
     )
     start.add_argument(
         "--keep-key",

@@ -87,9 +87,10 @@ def _template(text: str) -> tuple[str, NodeTemplate]:
     name, _, size = text.partition("=")
     vcpus, _, ram = size.partition(",")
     try:
-        return name, NodeTemplate(float(vcpus), float(ram))
-    except ValueError as error:
-        raise SpecError(f"not a template: {text!r}; it is NAME=CPUS,GIB, such as local/large=4,8") from error
+        numbers = float(vcpus), float(ram)
+    except ValueError:
+        raise SpecError(f"not a template: {text!r}; it is NAME=CPUS,GIB, such as local/large=4,8") from None
+    return name, NodeTemplate(*numbers)
 
 
 @contextlib.contextmanager

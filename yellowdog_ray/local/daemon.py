@@ -205,7 +205,7 @@ class Options:
     :param port: the TCP port of its API; None for the one that it had before, or a free one.
     :param isolation: the kind of node; None for the best that works here.
     :param keep_key: whether it goes on with the application key and the control port's token that it had
-        before. Another user of the machine who takes its port while it is stopped can come by a key that is kept.
+        before. Another user of the machine who takes its port while it is stopped can come by such a key.
     :param forget: whether it begins with an empty history.
     :param templates: the sizes of its nodes, by ``namespace/name``; None for those that it had before, or the
         default.
