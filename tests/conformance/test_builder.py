@@ -581,6 +581,33 @@ def test_build_again_after_a_failure(monkeypatch, reuse):
                 cluster.build(SHORT)
 
 
+@pytest.mark.parametrize("what", [None, 503, "before", "after"])
+def test_a_name_is_used_again(what):
+    """Where names are free again, a cluster is built anew, and takes nothing of the ended one for its own."""
+    with serve(SchedulerOptions(reuse_finished_names=True)) as served:
+        for _ in range(2):
+            with make(served) as cluster:
+                cluster.add_worker_pool("test/small", None, 1)
+                if what is not None:
+                    served.faults.faults = [Fault("POST", path, what) for path in CREATIONS]
+                cluster.build(SHORT)
+                assert cluster.wait_for_workers(timeout=10) == 1
+            assert_nothing_left(served)
+        assert served.call(lambda: len(served.core.scheduler.pools)) == 4
+
+
+def test_the_advice_where_a_name_stays_taken(platform):
+    """Where the names of what has ended are not free, nobody is told to end it."""
+    for attempt in range(2):
+        with make(platform) as cluster:
+            if attempt == 0:
+                cluster.build(SHORT)
+                continue
+            with pytest.raises(NameTakenError, match="has ended, and its name is not free again") as refused:
+                cluster.build(SHORT)
+            assert "end that one" not in str(refused.value)
+
+
 # -- faults on the wire --------------------------------------------------------------------------------
 
 CREATIONS = ["/provisioned/template", "/work/requirements", "/taskGroups/.*/tasks"]

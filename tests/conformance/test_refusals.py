@@ -15,6 +15,7 @@ from yellowdog_ray.local import vocabulary
 from yellowdog_ray.local.scheduler import SchedulerOptions
 
 WORK = "/work/requirements"
+TASKS = "/work/taskGroups/x/tasks"
 POOL = "/workerPools/provisioned/template"
 
 
@@ -74,6 +75,19 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("POST", WORK, work(run={"retryableErrors": [{"processExitCodes": ["7"]}]}), "whole numbers, not '7'"),
     ("POST", WORK, work(completedTaskTtl="a day"), "completedTaskTtl"),
     ("POST", POOL, pool(targetInstanceCounts=0), "targetInstanceCounts"),
+    # What no node can be given: it would fail there, or worse.
+    ("POST", TASKS, [{"taskData": "\ud800"}], "tasks[0].taskData must be text that UTF-8 can hold"),
+    ("POST", TASKS, [{"arguments": ["a", "\udfff"]}], "tasks[0].arguments must be text that UTF-8 can hold"),
+    ("POST", TASKS, [{"environment": {"\ud800": "x"}}], "tasks[0].environment must be text"),
+    ("POST", TASKS, [{"tag": "\ud800"}], "tasks[0].tag must be text"),
+    ("POST", TASKS, [{"arguments": ["a\0b"]}], "tasks[0].arguments must be texts without NUL"),
+    ("POST", TASKS, [{}, {"environment": {"A": "x\0"}}], "tasks[1].environment must be variables"),
+    ("POST", TASKS, [{"environment": {"A=B": "x"}}], "not 'A=B'"),
+    ("POST", TASKS, [{"environment": {"": "x"}}], "tasks[0].environment"),
+    ("POST", WORK, work(taskTemplate={"environment": {"A=B": "x"}}), "taskTemplate.environment"),
+    ("POST", WORK, work(run={"taskTimeout": f"P{'9' * 400}D"}), "taskTimeout must be at most 36500 days"),
+    ("POST", POOL, pool(autoShutdown={"timeout": "P99999999D"}), "autoShutdown.timeout"),
+    ("POST", WORK, {**work(), "priority": 10**400}, "workRequirement.priority must be a number"),
 ]
 
 
@@ -86,6 +100,24 @@ def test_it_is_refused_and_named(platform: Served, method: str, path: str, body:
     assert named in problem["message"]
     assert problem["detail"] == []
     assert platform.running() == []
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b'{"namespace": "test", "name": "no", "priority": 1e999}', "priority must be a number"),
+        (b'{"namespace": "test", "name": "no", "priority": NaN}', "priority must be a number"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"{", "not JSON"),
+    ],
+    ids=["infinite", "no number", "deep", "broken"],
+)
+def test_json_that_is_none_is_refused(platform: Served, body: bytes, named: str) -> None:
+    """Python's JSON knows numbers that JSON does not, and ends at a depth."""
+    headers = {"Authorization": f"yd-key {KEY_ID}:{SECRET}"}
+    answer = requests.post(platform.url + WORK, data=body, headers=headers, timeout=5)
+    assert (answer.status_code, answer.json()["errorType"]) == (400, "InvalidRequestException")
+    assert named in answer.json()["message"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import pwd
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -25,9 +27,12 @@ from yellowdog_client.model import (
     ApiKey,
     ComputeRequirementSearch,
     NodeSearch,
+    RunSpecification,
     ServicesSchema,
+    TaskGroup,
     TaskStatus,
     WorkerPoolSearch,
+    WorkRequirement,
     WorkRequirementSearch,
 )
 
@@ -35,10 +40,14 @@ from tests.browser import PageReader
 from yellowdog_ray import LocalPlatform, RayDogCluster
 from yellowdog_ray.cli import main
 from yellowdog_ray.errors import LocalPlatformError
+from yellowdog_ray.local import history
+from yellowdog_ray.local import platform as platform_module
 from yellowdog_ray.local.daemon import Home, LocalAccount
 from yellowdog_ray.local.history import WAS_KILLED, WAS_STOPPED
 from yellowdog_ray.local.linux import processes_with
 from yellowdog_ray.local.nodes import Isolation
+from yellowdog_ray.local.platform import Kept
+from yellowdog_ray.local.scheduler import Scheduler
 from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.raydog.journal import find_states
 
@@ -117,7 +126,7 @@ def nothing_runs(account: LocalAccount) -> bool:
 @pytest.mark.parametrize("everything", [False, True], ids=["platform", "with its supervisor"])
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.value)
 def test_killed_and_started_again(command: Command, kind: Isolation, everything: bool) -> None:
-    """After `kill -9` nothing runs; the next start has the same key and port, and shows what has been."""
+    """After `kill -9` nothing runs; the next start can have the same key and port, and shows what was."""
     exports = command("start", "--isolation", kind.value)
     assert command("start") == exports
     shown = subprocess.run(
@@ -160,7 +169,7 @@ def test_killed_and_started_again(command: Command, kind: Isolation, everything:
     with pytest.raises(LocalPlatformError, match="raydog local start"):
         LocalPlatform.connect()
 
-    again = command.start("--isolation", kind.value)["exports"]
+    again = command.start("--isolation", kind.value, "--keep-key")["exports"]
     assert nothing_runs(account)
     assert {**again, "RAYDOG_SSH_PORT": ""} == {**account.variables, "RAYDOG_SSH_PORT": ""}
     with sdk(account) as client:
@@ -234,13 +243,7 @@ def test_two_starts_at_once_start_one(command: Command) -> None:
     outputs = {process.communicate(timeout=120)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0, 0]
     assert len(outputs) == 1
-    servers = [
-        entry
-        for entry in Path("/proc").glob("[0-9]*")
-        if _environment(entry, "RAYDOG_LOCAL_DIR") == str(command.directory)
-        and b"yellowdog_ray.local.daemon" in _bytes(entry / "cmdline").split(b"\0")
-    ]
-    assert [int(entry.name) for entry in servers] == [LocalPlatform.connect().pid]
+    assert processes_of(command) == [LocalPlatform.connect().pid]
 
 
 def _bytes(path: Path) -> bytes:
@@ -281,9 +284,11 @@ def test_a_stop_is_remembered(command: Command) -> None:
     assert "no work requirement yet" in PageReader(told.partition("web page: ")[2].split()[0]).text("work")
     assert "ticket" not in command("status", "--name", "other", "--json")
     assert "not running" in command("stop")
-    command.start()
+    command.start("--keep-key")
     with sdk(account) as client:
         task = client.work_client.get_task_by_id(task_id)
+        # The names of what has ended are free.
+        Lab(account, client).submit("exit 0")  # type: ignore[arg-type]
     assert (str(task.status), task.errors[-1].error) == ("ABORTED", WAS_STOPPED)
     assert task.finishedTime is not None
     assert began - 1 <= task.finishedTime.timestamp() <= ended
@@ -292,6 +297,16 @@ def test_a_stop_is_remembered(command: Command) -> None:
     assert "ABORTED" in reader.text("events")
     for each in (link, unused):
         assert requests.get(each, timeout=10).status_code == 401
+    command("stop")
+    forgetful = command.start("--forget")
+    assert LocalPlatform.connect().counts() == other.counts()
+    # What was sent to its port meanwhile, to whoever had it, is of no use.
+    assert forgetful["url"] == account.url
+    assert requests.get(f"{account.url}/application", headers=_key(account), timeout=10).status_code == 401
+
+
+def _key(account: LocalAccount) -> dict[str, str]:
+    return {"Authorization": f"yd-key {account.key_id}:{account.secret}"}
 
 
 def test_a_taken_port_means_a_new_key(command: Command) -> None:
@@ -303,13 +318,90 @@ def test_a_taken_port_means_a_new_key(command: Command) -> None:
         squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         squatter.bind(("127.0.0.1", int(account.url.rpartition(":")[2])))
         squatter.listen()
-        command.start()
+        command.start("--keep-key", "--template", "local/big=2,1.5")
         moved = LocalPlatform.connect()
     assert moved.url != account.url
     assert moved.secret != account.secret
+    assert moved.control_token != account.control_token
+    assert moved.template_names == ["local/big"]
     command("stop")
-    command.start("--new-key")
-    assert LocalPlatform.connect().secret != moved.secret
+    command.start()
+    again = LocalPlatform.connect()
+    assert again.secret != moved.secret
+    assert again.control_token != moved.control_token
+    assert again.template_names == ["local/big"]
+
+
+def test_a_history_that_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A history that takes longer to read than a start may otherwise take is read."""
+    load, seconds = history.History.load, 1.0
+
+    def read_long(self: history.History, scheduler: Scheduler) -> None:
+        time.sleep(seconds * 1.5)
+        load(self, scheduler)
+
+    monkeypatch.setattr(platform_module, "_START_TIMEOUT", seconds)
+    monkeypatch.setattr(history.History, "load", read_long)
+    with LocalPlatform(kept=Kept("id", "secret", tmp_path)) as platform:
+        assert platform.failure() is None
+    assert platform.leftovers() == []
+
+
+def test_a_full_disk_keeps_nothing_from_ending(command: Command) -> None:
+    """A platform that can write nothing any more still ends as it should, and nobody calls it killed."""
+    command.start()
+    account = LocalPlatform.connect()
+    # As on a full disk, every write to a file is an error from now on.
+    resource.prlimit(account.pid, resource.RLIMIT_FSIZE, (0, 0))
+    with sdk(account) as client:
+        client.work_client.add_work_requirement(
+            WorkRequirement("local", "work", [TaskGroup("group", RunSpecification(["bash"]))])
+        )
+    with command.begin("stop") as stop:
+        out, err = stop.communicate(timeout=60)
+    assert (stop.returncode, out, err) == (0, "default: stopped; nothing is left of it\n", "")
+    assert nothing_runs(account)
+    assert Home().read()["pid"] is None
+
+
+def test_a_start_that_is_terminated_leaves_nothing(command: Command) -> None:
+    """SIGTERM to a `raydog local start` that waits ends what it was about to start."""
+    start = command.begin("start")
+    platform: int | None = None
+    deadline = time.monotonic() + 30
+    while platform is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+        platform = Home().holder()
+    assert platform
+    # It comes no further while it is waited for.
+    os.kill(platform, signal.SIGSTOP)
+    start.terminate()
+    out, _ = start.communicate(timeout=30)
+    os.kill(platform, signal.SIGCONT)
+    assert (start.returncode, out) == (143, "")
+    until(lambda: not processes_of(command))
+
+
+def processes_of(command: Command) -> list[int]:
+    """List the processes of platforms that the command has started."""
+    return [
+        int(entry.name)
+        for entry in Path("/proc").glob("[0-9]*")
+        if _environment(entry, "RAYDOG_LOCAL_DIR") == str(command.directory)
+        and b"yellowdog_ray.local.daemon" in _bytes(entry / "cmdline").split(b"\0")
+    ]
+
+
+def test_it_ends_when_its_directory_is_removed(command: Command) -> None:
+    """A platform whose directory was removed can be found by nobody: it ends itself, and leaves nothing."""
+    command.start()
+    account = LocalPlatform.connect()
+    process = os.pidfd_open(account.pid)
+    shutil.rmtree(command.directory / "default")
+    assert select.select([process], [], [], 15)[0]
+    os.close(process)
+    assert nothing_runs(account)
+    assert not command.directory.joinpath("default").exists()
 
 
 def test_it_ends_when_it_can_make_no_nodes(command: Command) -> None:
@@ -333,6 +425,13 @@ def test_in_the_foreground(command: Command) -> None:
     account = LocalPlatform.connect()
     assert first == f"export YD_API_URL={account.url}\n"
     assert account.pid == process.pid
+    # One that runs is left as it is, and its exports are printed.
+    assert command("start", "--foreground").startswith(first)
+    with command.begin("start", "--quiet") as quiet:
+        out, err = quiet.communicate(timeout=60)
+    assert out.startswith(first)
+    assert "is running already" in err
+    assert account.url not in err
     process.terminate()
     assert process.wait(30) == 0
     assert f"{account.url}/web/open?ticket=" in process.communicate()[1]
@@ -364,10 +463,10 @@ _STRANGER = "nobody" if os.geteuid() == 0 else None
 _PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin")
 _ATTEMPT = """
 import json, socket, sys, urllib.error, urllib.request
-url, control_url, ssh_address, ssh_port, directory, files = sys.argv[1:]
-def status(path, key=None, method="GET", url=url):
+url, control, ssh_address, ssh_port, directory, files = sys.argv[1:]
+def status(path, key=None, method="GET", base=url):
     headers = {"Authorization": key} if key else {}
-    request = urllib.request.Request(url + path, headers=headers, method=method)
+    request = urllib.request.Request(base + path, headers=headers, method=method)
     try:
         return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10).status
     except urllib.error.HTTPError as error:
@@ -384,7 +483,9 @@ answers = {
               for key in (None, "yd-key a:b", "yd-key :")],
     "post": [status(path, None, "POST")
              for path in ("/work/requirements", "/workerPools/provisioned/template")],
-    "control": [status("/books", key, url=control_url) for key in (None, "Bearer ", "Bearer x", "yd-key :")],
+    "control": [status(path, key, method, control)
+                for path, method in (("/books", "GET"), ("/faults", "POST"), ("/faults", "DELETE"))
+                for key in (None, "Bearer x", "Bearer ")],
     "files": [opened(directory + "/" + name) for name in files.split()],
 }
 with socket.create_connection((ssh_address, int(ssh_port)), timeout=10) as connection:
@@ -394,8 +495,8 @@ print(json.dumps(answers))
 
 
 @pytest.mark.skipif(not _STRANGER or not _PYTHON, reason="needs root, to be another user, and a python3")
-def test_another_user_has_no_way_in(command: Command, tmp_path: Path) -> None:
-    """Another user of this machine is refused by the API, by the files and by the nodes' SSH servers."""
+def test_another_user_has_no_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user is refused by the API, the control port, the files and the nodes' SSH servers."""
     stranger = pwd.getpwnam(_STRANGER or "")
     # Only the platform's own directory is to be in the way.
     base = Path(f"/tmp/raydog-test-daemon-{os.getpid()}")
@@ -404,13 +505,8 @@ def test_another_user_has_no_way_in(command: Command, tmp_path: Path) -> None:
     try:
         elsewhere("start")
         directory = base / "default"
-        account = LocalAccount(
-            **{
-                key: value
-                for key, value in json.loads((directory / "platform.json").read_text()).items()
-                if key != "version"
-            }
-        )
+        monkeypatch.setenv("RAYDOG_LOCAL_DIR", str(base))
+        account = LocalPlatform.connect()
         names = sorted(path.name for path in directory.iterdir())
         assert {"platform.json", "history.sqlite", "id_ed25519", "platform.log"} <= set(names)
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -419,13 +515,14 @@ def test_another_user_has_no_way_in(command: Command, tmp_path: Path) -> None:
         with sdk(account) as client:
             lab = Lab(account, client)  # type: ignore[arg-type]
             address = str(lab.nodes[0].details.publicIpAddress)
-        # The only listeners of the platform's process are on the loopback interface.
-        urls = (account.url, account.control_url)
+        # All listeners of the platform's process are on the loopback interface.
+        urls = {account.url, account.control_url}
         assert _listening(account.pid) == {url.removeprefix("http://") for url in urls}
         result = subprocess.run(
             [
                 _PYTHON, "-c", _ATTEMPT,
-                *urls, address, str(account.ssh_port), str(directory), " ".join(names),
+                account.url, account.control_url, address, str(account.ssh_port), str(directory),
+                " ".join(names),
             ],
             user=stranger.pw_uid, group=stranger.pw_gid, extra_groups=[], cwd="/", env={}, text=True,
             capture_output=True, timeout=60, check=False,
@@ -434,7 +531,7 @@ def test_another_user_has_no_way_in(command: Command, tmp_path: Path) -> None:
         answers = json.loads(result.stdout)
         assert answers["calls"] == [401] * 12 + [200] * 3
         assert answers["post"] == [401, 401]
-        assert answers["control"] == [401] * 4
+        assert answers["control"] == [401] * 9
         assert set(answers["files"]) == {"PermissionError"}
         assert answers["ssh"] == "SSH-"
         for method in ("password", "keyboard-interactive", "publickey"):

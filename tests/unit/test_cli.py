@@ -28,6 +28,55 @@ def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--port", "99999", "99999"),
+        ("--template", "local/big", "'local/big'; it is NAME=CPUS,GIB"),
+        ("--template", "local/big=2", "'local/big=2'; it is NAME=CPUS,GIB"),
+        ("--template", "local/big=2,x", "'local/big=2,x'; it is NAME=CPUS,GIB"),
+        ("--template", "local/big=0,1", "vcpus of a node must be a positive number"),
+        ("--template", "big=2,1", "namespace/name, not 'big'"),
+        ("--name", "../x", "'../x'"),
+    ],
+)
+def test_local_start_refuses_what_cannot_work(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    option: str,
+    value: str,
+    said: str,
+) -> None:
+    """Options of `raydog local start` that cannot work are wrong usage, in JSON too, and nothing is made."""
+    monkeypatch.setenv("RAYDOG_LOCAL_DIR", str(tmp_path / "local"))
+    assert main(["local", "start", "--json", option, value]) == 2
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out)
+    assert answer["name"] == (value if option == "--name" else "default")
+    assert said in answer["error"]
+    assert answer["error"] in printed.err
+    assert not (tmp_path / "local").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (["local", "start", "--port", "x", "--json"], {"error": "wrong usage"}),
+        (["-q", "local", "--json"], {"error": "wrong usage"}),
+        (["status", "--json", "--what"], []),
+        (["list", "local", "--json", "--what"], []),
+    ],
+    ids=str,
+)
+def test_wrong_usage_in_json(capsys: pytest.CaptureFixture[str], words: list[str], written: object) -> None:
+    """With --json, wrong usage writes what the command writes otherwise: a list, or of `local` an object."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert json.loads(capsys.readouterr().out) == written
+
+
 def test_shut_down_needs_a_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import requests
 
 from tests.controlplane import KEY_ID, SECRET, Fault, Served, serve
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
-from yellowdog_ray.local import LocalControlPlane
+from yellowdog_ray.local import LocalControlPlane, control_plane
 
 NAMESPACES = "/namespaces"
 
@@ -101,6 +101,13 @@ def test_count_and_skip(platform, client):
     assert [each.hits for each in platform.faults.faults] == [2, 2]
     platform.faults.clear()
     assert client("GET", "/application").status_code == 200
+
+
+def test_a_method_is_written_in_any_case(platform, client):
+    fault = Fault("get", "^/application$", 500)
+    platform.faults.faults = [fault]
+    assert client("GET", "/application").status_code == 500
+    assert fault.hits == 1
 
 
 def test_method_and_path_choose(platform, client):
@@ -242,6 +249,12 @@ def test_its_life():
         client("GET", "/")
     with pytest.raises(ClusterStateError):
         platform.call(len, "")
+
+
+def test_an_argument_that_cannot_be(capsys):
+    with pytest.raises(SystemExit):
+        control_plane.main(["--boot-delay", "inf"])
+    assert "boot_delay must be a number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["stdin", "SIGTERM"])

@@ -7,6 +7,7 @@ import contextlib
 import json
 import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tests.unit.test_scheduler import Chance, World
 from yellowdog_ray.local import history as history_module
 from yellowdog_ray.local import records, wire
 from yellowdog_ray.local.asks import AutoShutdown, RefusedError, Usage
-from yellowdog_ray.local.history import KEEP_DAYS, VERSION, WAS_KILLED, WAS_STOPPED, History
+from yellowdog_ray.local.history import KEEP_DAYS, VERSION, WAS_KILLED, WAS_STOPPED, History, forget
 from yellowdog_ray.local.intake import read_group, read_pool
 from yellowdog_ray.local.records import KINDS, kind_of, read, write
 from yellowdog_ray.local.scheduler import Scheduler
@@ -271,7 +272,7 @@ def test_an_odd_entry_is_passed_over(path: Path, text: str, caplog: pytest.LogCa
             "(SELECT min(rowid) FROM things WHERE kind = 'group')",
             (text,),
         )
-        database.execute("INSERT INTO things VALUES ('unknown', 'a', 0, '{}')")
+        database.execute("INSERT INTO things VALUES ('unknown', 'a', '', 0, '{}')")
     scheduler = load(path)
     assert len(scheduler.works) == 3
     assert len(scheduler.groups) == 2
@@ -340,8 +341,123 @@ def test_only_so_much_is_remembered(path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [work.name for work in scheduler.works.values()] == ["work-2", "work-3"]
     assert len(scheduler.tasks) == 6
     assert len(scheduler.pools) == 1
-    monkeypatch.setattr(history_module, "KEEP_TASKS", 1)
-    assert [work.name for work in load(path).works.values()] == ["work-3"]
+    monkeypatch.setattr(history_module, "KEEP_TASKS", 2)
+    scheduler = load(path)
+    (work,) = scheduler.works.values()
+    assert (work.name, work.groups[0].counts) == ("work-3", {"COMPLETED": 2})
+    tasks = world.scheduler.work_named("test", "work-3").groups[0].tasks
+    assert list(scheduler.tasks) == [task.id for task in tasks[1:]]
+
+
+def test_of_too_many_machines_the_newest_are_remembered(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A machine that is forgotten takes its node with it, and nothing is called odd because of it."""
+    world = World()
+    world.pool(nodes=3)
+    save(path, world)
+    monkeypatch.setattr(history_module, "KEEP_TASKS", 2)
+    scheduler = load(path)
+    assert list(scheduler.instances) == list(world.scheduler.instances)[1:]
+    assert [node.instance.id for node in scheduler.nodes.values()] == list(scheduler.instances)
+    assert len(scheduler.pools) == 1
+    assert caplog.text == ""
+
+
+def test_what_is_forgotten_is_not_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Entries of what is forgotten cost no time at the start: they are not parsed."""
+    world = World()
+    world.pool(nodes=1)
+    old, new = (world.work(count, name=name) for count, name in ((20, "old"), (3, "new")))
+    save(path, world)
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE things SET json = 'no JSON' WHERE kind = 'task' AND root = ?", (old.id,))
+        database.execute("UPDATE things SET updated = 0 WHERE id = ?", (old.id,))
+        # As it is where the first task of the newest requirement is too much.
+        database.execute(
+            "UPDATE things SET json = 'no JSON' WHERE kind = 'task' AND id = ?", (new.groups[0].tasks[0].id,)
+        )
+    monkeypatch.setattr(history_module, "KEEP_TASKS", 2)
+    assert len(load(path).tasks) == 2
+    assert caplog.text == ""
+    with sqlite3.connect(path) as database:
+        assert database.execute("SELECT count(*) FROM things WHERE kind = 'task'").fetchone() == (2,)
+
+
+def test_what_was_live_for_long_is_remembered(path: Path) -> None:
+    """What has not changed for more than thirty days, but was live until the end, ended only now."""
+    save(path, busy_world())
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE things SET updated = 0")
+    scheduler = load(path, time.time())
+    assert [work.name for work in scheduler.works.values()] == ["live"]
+    assert {pool.name for pool in scheduler.pools.values()} == {"pool"}
+
+
+@pytest.mark.parametrize("text", ["7", "null", "[[]]", "[" * 5000, "no JSON"])
+def test_odd_namespaces_are_passed_over(path: Path, text: str) -> None:
+    """Namespaces that are no list of names keep no platform from starting."""
+    save(path, busy_world())
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE things SET json = ? WHERE kind = 'namespaces'", (text,))
+    scheduler = load(path)
+    assert len(scheduler.works) == 3
+    assert scheduler.namespaces == set()
+
+
+def test_a_history_can_be_forgotten(path: Path) -> None:
+    """A history that is forgotten is gone, with what had been put aside of it."""
+    path.write_bytes(b"no database")
+    save(path, busy_world())
+    assert len(list(path.parent.iterdir())) >= 2
+    forget(path)
+    assert list(path.parent.iterdir()) == []
+    assert load(path).works == {}
+
+
+def test_what_a_commit_refuses_is_written_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the commit itself fails, as on a full disk, nothing counts as written, and it is tried again."""
+    monkeypatch.setattr(history_module, "_AGAIN_SECONDS", 0.02)
+    world = busy_world()
+
+    async def run() -> None:
+        history = History(path, world.now)
+        assert history._database is not None
+        # A constraint that is looked at only by the commit.
+        history._database.executescript(
+            "PRAGMA foreign_keys = ON; CREATE TABLE whole (id PRIMARY KEY);"
+            "CREATE TABLE part (id REFERENCES whole DEFERRABLE INITIALLY DEFERRED);"
+            "CREATE TRIGGER refuse AFTER INSERT ON things BEGIN INSERT INTO part VALUES (1); END"
+        )
+        history.follow(world.scheduler, asyncio.get_running_loop())
+        world.scheduler.unsaved = dict.fromkeys(all_things(world.scheduler))
+        history._take(100_000)
+        await until(lambda: "could not be written" in caplog.text)
+        with sqlite3.connect(path) as other:
+            assert other.execute("SELECT count(*) FROM things").fetchone() == (0,)
+            other.execute("INSERT INTO whole VALUES (1)")
+        with sqlite3.connect(path) as other:
+            # Nothing else changes meanwhile.
+            await until(lambda: other.execute("SELECT count(*) FROM things").fetchone() > (20,))
+        history._scheduler = None
+        history.close()
+
+    asyncio.run(run())
+    assert caplog.text.count("could not be written") == 1
+    with sqlite3.connect(path) as database:
+        database.executescript("DROP TRIGGER refuse; DROP TABLE part; DROP TABLE whole")
+    assert len(all_things(load(path))) == len(all_things(world.scheduler))
+
+
+async def until(look: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not look():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
 
 
 def test_changes_are_written_as_they_come(path: Path) -> None:

@@ -344,6 +344,28 @@ def test_what_cannot_go_wrong(lab):
         lambda: Fault("GET", "/", 500, count="1"),
         lambda: Fault("GET", "/", 500, for_=-1),
         lambda: Fault("GET", "/", "hang", seconds="long"),
+        lambda: Fault("GET", "/", 500, delay=float("inf")),
+        lambda: Fault("GET", "/", 500, after=10**400),
+        lambda: Fault("GET", None, 500),
+        lambda: Fault("GET", b"/", 500),
+        lambda: Fault(7, "/", 500),
+        lambda: Fault("GET", "/", 500, headers={"Retry-After": 1}),
+        lambda: Fault("GET", "/", 500, headers={1: "x"}),
+        lambda: Fault("GET", "/", 500, headers={"Name": "a\r\nOther: b"}),
+        lambda: Fault("GET", "/", 500, headers={"Na me": "x"}),
+        lambda: Fault("GET", "/", 500, headers=[("Name", "x")]),
+        lambda: Fault("GET", "/", 500, body="text"),
+        lambda: lab.faults.http("/"),
+        lambda: setattr(lab.faults, "latency", "a"),
+        lambda: setattr(lab.faults, "latency", float("inf")),
+        lambda: lab.faults.fail_provision(b"pool"),
+        lambda: lab.faults.fail_provision(message=None),
+        lambda: lab.faults.limit_capacity(1.5),
+        lambda: lab.faults.limit_capacity(1, 7),
+        lambda: lab.faults.lose_node(["pool"]),
+        lambda: lab.faults.lose_node("pool", count=1.5),
+        lambda: LocalControlPlane(latency=-1),
+        lambda: LocalControlPlane(boot_delay="soon"),
     ]
     for attempt in refused:
         with pytest.raises(SpecError):
@@ -366,6 +388,73 @@ def test_from_any_thread_and_from_the_loop(lab):
 
     asyncio.run(elsewhere())
     assert len(lab.faults.provision) == 22
+
+
+def test_calls_end_when_the_platform_closes():
+    """Who waits for a platform that closes is told so; nobody waits for ever."""
+    platform = LocalControlPlane(clock="virtual").start()
+    ends: list[Exception] = []
+
+    def advance() -> None:
+        try:
+            while True:
+                platform.advance(1)
+        except Exception as error:
+            ends.append(error)
+
+    threads = [threading.Thread(target=advance, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    # One that is waiting for its turn when the platform closes.
+    began, go_on = threading.Event(), threading.Event()
+    busy = threading.Thread(target=platform.call, args=(lambda: began.set() or go_on.wait(10),), daemon=True)
+    busy.start()
+    assert began.wait(10)
+    closing = threading.Thread(target=platform.close, daemon=True)
+    closing.start()
+    time.sleep(0.1)
+    go_on.set()
+    for thread in (*threads, busy, closing):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert [type(error) for error in ends] == [ClusterStateError] * 4
+
+
+def test_a_busy_platform_is_not_waited_for(monkeypatch):
+    """A call that it does not come to in time is taken back, and says so."""
+    monkeypatch.setattr("yellowdog_ray.local.control_plane.CALL_SECONDS", 0.2)
+    with LocalControlPlane() as platform:
+        go_on, calls = threading.Event(), []
+        platform.loop.call_soon_threadsafe(go_on.wait, 10)
+        with pytest.raises(ClusterStateError, match=r"busy with something else for 0\.2 s"):
+            platform.call(calls.append, 1)
+        go_on.set()
+        monkeypatch.undo()
+        platform.call(calls.append, 2)
+        assert calls == [2]
+
+
+def test_the_platform_is_asked_by_what_it_calls():
+    """A callback on the platform's own thread may call it; what cannot be done from there says so."""
+    answers = []
+
+    def fail_boot(start) -> str:
+        answers.append(platform.running())
+        platform.faults.fail_provision()
+        with pytest.raises(ClusterStateError, match="is being moved"):
+            platform.advance(1)
+        return "no image"
+
+    with LocalControlPlane(clock="virtual", fail_boot=fail_boot, boot_delay=5) as platform:
+        schema = ServicesSchema(defaultUrl=platform.url)
+        with PlatformClient.create(schema, ApiKey(platform.key_id, platform.secret)) as client:
+            Lab(platform, client).provision("pool", 1, platform.template_names[0])
+            platform.advance(5)
+        assert answers == [["pool local/pool", "compute local/pool"]]
+        assert len(platform.faults.provision) == 1
+        platform.call(platform.close)
+    with pytest.raises(ClusterStateError):
+        platform.running()
 
 
 def test_a_closed_platform():
@@ -503,8 +592,12 @@ def test_the_control_port_refuses(lab, body):
 
 
 def test_the_clock_over_http(lab):
-    for wrong in (None, {}, {"advance": -1}, {"advance": "1"}):
+    for wrong in (None, {}, {"advance": -1}, {"advance": "1"}, {"advance": 1e12}):
         assert lab.control("POST", "/clock", wrong).status_code == 400
+    headers = {"Authorization": f"Bearer {lab.platform.control_token}"}
+    for raw in (b'{"advance": 1e999}', b'{"advance": NaN}', b"[" * 100_000, b"{"):
+        answer = requests.post(f"{lab.platform.control_url}/clock", data=raw, headers=headers, timeout=10)
+        assert (answer.status_code, bool(answer.json()["error"])) == (400, True)
     with LocalControlPlane() as platform:
         answer = Lab(platform, lab.client).control("POST", "/clock", {"advance": 1})
     assert answer.status_code == 409

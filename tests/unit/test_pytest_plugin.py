@@ -115,6 +115,48 @@ def test_the_local_platform(run):
     assert "3 passed" in run(LOCAL_PLATFORM % kind)
 
 
+TURNS = """
+import time
+from pathlib import Path
+import pytest
+import yellowdog_ray.local.platform
+# Nothing runs Ray here, so what else has its ports does not matter.
+yellowdog_ray.local.platform._RAY_PORTS = ()
+
+@pytest.fixture(scope="session")
+def raydog_local_platform_options():
+    return {"isolation": %r}
+
+@pytest.fixture(scope="session", autouse=True)
+def order(tmp_path_factory):
+    # Both workers have begun before one has a platform.
+    place = tmp_path_factory.getbasetemp()
+    (place / "here").touch()
+    while len(list(place.parent.glob("*/here"))) < 2:
+        time.sleep(0.01)
+
+@pytest.mark.parametrize("number", range(4))
+def test_alone(order, raydog_local_platform, tmp_path_factory, number):
+    place = tmp_path_factory.getbasetemp()
+    (place / "platform").write_text(raydog_local_platform.directory)
+    others = [Path(file.read_text()) for file in place.parent.glob("*/platform") if file.parent != place]
+    if %r:
+        assert not any(other.exists() for other in others)
+    else:
+        # Each worker has one at the same time; one of them may have to wait for the other's to start.
+        while len(list(place.parent.glob("*/platform"))) < 2:
+            time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_workers_of_xdist_share_no_ports(run, turns):
+    """Of platforms with plain processes there is one at a time; of others each worker has its own."""
+    others = "namespaces" if os.geteuid() == 0 else "user-namespaces"
+    output = run(TURNS % ("processes" if turns else others, turns), "-p", "xdist", "-n", "2")
+    assert "4 passed" in output, output
+
+
 BROKEN = """
 import yellowdog_ray.local.platform
 yellowdog_ray.local.platform.free_memory = lambda: 1 << 20

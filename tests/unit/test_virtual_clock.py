@@ -75,10 +75,26 @@ def test_a_timer_that_fails_does_not_stop_the_clock(clock):
     assert calls == ["next"]
 
 
-@pytest.mark.parametrize("seconds", [-1.0, float("nan")])
-def test_time_does_not_go_backwards(clock, seconds):
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf"), 1e300, 10**400, "1", None, True])
+def test_time_goes_on_and_no_further_than_can_be_written(clock, seconds):
     with pytest.raises(SpecError):
         clock.advance(seconds)
+    assert clock.time() == 100.0
+
+
+def test_what_the_clock_calls_does_not_move_it(clock):
+    """Time moved from within would be moved back when the outer call ends."""
+    caught = []
+
+    def move() -> None:
+        with pytest.raises(ClusterStateError) as error:
+            clock.advance(10.0)
+        caught.append(error)
+
+    clock.call_later(1.0, move)
+    assert clock.advance(2.0) == 102.0
+    assert len(caught) == 1
+    assert clock.advance(1.0) == 103.0
 
 
 # -- a platform -------------------------------------------------------------------------------------------
@@ -166,6 +182,27 @@ def test_tasks_live_by_the_clock(platform, client):
     ended = task()
     assert ended.status == TaskStatus.COMPLETED
     assert (ended.finishedTime - ended.startedTime).total_seconds() == pytest.approx(600)
+
+
+def test_the_end_of_all_time(platform, client):
+    """The clock goes up to the year 9000, where the longest time-out can still be written."""
+    pool = provision(client)
+    shutdown = AutoShutdown(enabled=True, timeout=timedelta(days=36_500))
+    late = 221_845_391_999 - platform.core.now()
+    platform.advance(late)
+    assert status(client, pool)
+    compute = client.compute_client.provision_compute_requirement_template(
+        ComputeRequirementTemplateUsage(
+            templateId="local/node",
+            requirementName="last",
+            requirementNamespace="local",
+            targetInstanceCount=1,
+            autoShutdown=shutdown,
+        )
+    )
+    assert client.compute_client.get_compute_requirement_by_id(compute.id).autoShutdownTime.year == 9099
+    with pytest.raises(SpecError, match="8999"):
+        platform.advance(10)
 
 
 def test_a_task_timeout(platform, client):

@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(given)
     except SystemExit as ended:
         if ended.code and "--json" in given:
-            print("[]")
+            words = [word for word in given if not word.startswith("-")]
+            print('{"error": "wrong usage"}' if words[:1] == ["local"] else "[]")
         raise
     if options.states_command is None:
         return _demo(options)
@@ -297,6 +298,7 @@ exit statuses:
   2    wrong usage
   3    (status only) it is not running
   130  interrupted (Ctrl-C)
+  143  terminated (SIGTERM)
 """
 
 
@@ -332,7 +334,21 @@ def _add_local(commands: _Commands) -> None:
     )
     start.add_argument("--port", type=int, metavar="P", help="the port of its API (the one it had before)")
     _add_isolation(start)
-    start.add_argument("--new-key", action="store_true", help="give it a new application key")
+    start.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        metavar="NAME=CPUS,GIB",
+        help="a compute requirement template, such as local/large=4,8, and the size of its nodes; may be "
+        "given several times (those it had before)",
+    )
+    start.add_argument(
+        "--keep-key",
+        action="store_true",
+        help="go on with its application key; another user of this machine who takes its port while it is "
+        "stopped can come by it",
+    )
+    start.add_argument("--forget", action="store_true", help="begin with an empty history")
     start.add_argument("--foreground", action="store_true", help="do not go to the background")
     status = add("status", "say whether it is running, and what is on it", "Say whether it is running.")
     status.add_argument("--exports", action="store_true", help="write the exports for a shell instead")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from yellowdog_ray.cli.files import DONE, FAILED, UNHEALTHY, USAGE
@@ -13,6 +17,7 @@ from yellowdog_ray.errors import RayDogError, SpecError
 
 if TYPE_CHECKING:
     from yellowdog_ray.local.daemon import Home, LocalAccount
+    from yellowdog_ray.local.platform import NodeTemplate
 
 __all__ = ["run"]
 
@@ -31,39 +36,81 @@ def run(options: argparse.Namespace, output: Output) -> int:
         from yellowdog_ray.local.daemon import Home
 
         status = commands[options.local_command](Home(options.name), options, output)
-    except SpecError as error:
-        output.complain(str(error))
-        return USAGE
     except (RayDogError, OSError) as error:
         output.complain(str(error))
-        return FAILED
+        output.finish({"name": options.name, "error": str(error)})
+        return USAGE if isinstance(error, SpecError) else FAILED
     return FAILED if output.lost and status == DONE else status
 
 
 def _start(home: Home, options: argparse.Namespace, output: Output) -> int:
     from yellowdog_ray.local import daemon
 
-    wish = daemon.Options(port=options.port, isolation=options.isolation, new_key=options.new_key)
-    if options.foreground:
-        daemon.set_up_log()
-        daemon.tidy(home)
-        daemon.serve(home, wish, lambda account: _write_account(account, output))
-        return DONE
+    wish = daemon.Options(
+        port=options.port,
+        isolation=options.isolation,
+        keep_key=options.keep_key,
+        forget=options.forget,
+        templates=dict(_template(text) for text in options.template) or None,
+    )
+    quiet: bool = options.quiet
     began = time.monotonic()
-    account, was_running = daemon.start(home, wish)
+    if options.foreground:
+        account = home.account()
+        if account is None:
+            daemon.set_up_log()
+            daemon.tidy(home)
+            daemon.serve(home, wish, lambda account: _write_account(account, output, quiet))
+            return DONE
+        was_running = True
+    else:
+        with _ended_by_signals():
+            account, was_running = daemon.start(home, wish)
     if was_running:
         output.complain(
             f"the local platform {home.name!r} is running already, since {daemon.since(account.started)}"
         )
         if wish != daemon.Options():
-            output.complain("it goes on as it is: --port, --isolation and --new-key are for its next start")
-    else:
+            output.complain("it goes on as it is: stop it, and give the options when you start it again")
+    elif not quiet:
         output.complain(
             f"the local platform {home.name!r} runs at {account.url} after {time.monotonic() - began:.1f} s; "
             f"{account.description}"
         )
-    _write_account(account, output)
+    _write_account(account, output, quiet)
     return DONE
+
+
+def _template(text: str) -> tuple[str, NodeTemplate]:
+    from yellowdog_ray.local.platform import NodeTemplate
+
+    name, _, size = text.partition("=")
+    vcpus, _, ram = size.partition(",")
+    try:
+        numbers = float(vcpus), float(ram)
+    except ValueError:
+        raise SpecError(f"not a template: {text!r}; it is NAME=CPUS,GIB, such as local/large=4,8") from None
+    return name, NodeTemplate(*numbers)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP be an exception meanwhile, so that what this process began ends with it."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # One that is ignored, as by nohup, stays so.
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _status(home: Home, options: argparse.Namespace, output: Output) -> int:
@@ -112,8 +159,9 @@ def _stop(home: Home, options: argparse.Namespace, output: Output) -> int:
     return DONE
 
 
-def _write_account(account: LocalAccount, output: Output) -> None:
-    output.complain(f"its web page, by a link that works once, within ten minutes: {account.web_url}")
+def _write_account(account: LocalAccount, output: Output, quiet: bool) -> None:
+    if not quiet:
+        output.complain(f"its web page, by a link that works once, within ten minutes: {account.web_url}")
     if output.as_json:
         output.finish(_about(account, exports=True))
     else:

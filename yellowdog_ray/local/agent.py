@@ -30,6 +30,8 @@ ABORT_GRACE = 60.0
 """Seconds between an abort's SIGTERM and its SIGKILL."""
 OUTPUT_TAIL = 4000
 """Bytes of a task's output that are kept beyond its directory."""
+MAX_SSH = 100
+"""How many SSH connections a node has at a time; whoever can reach it may open them, before they log in."""
 _TASK_COMMANDS = {"bash": "/bin/bash"}
 
 
@@ -75,6 +77,7 @@ class Agent:
         self._listeners = listeners
         self._group, self._memory = group, memory
         self._tasks: dict[int, _Task] = {}
+        self._ssh: set[int] = set()
         self._loop = Loop()
 
     def run(self) -> None:
@@ -120,7 +123,7 @@ class Agent:
             linux.remove_tree(directory)
             directory.mkdir(parents=True)
             if message["task_data"] is not None:
-                (directory / "taskdata.txt").write_text(message["task_data"])
+                (directory / "taskdata.txt").write_bytes(message["task_data"].encode())
             environment = {
                 **self._environment,
                 **message["environment"],
@@ -129,7 +132,7 @@ class Agent:
                 "YD_WORKER_SLOT": str(message["slot"]),
             }
             output = os.open(directory / "taskoutput.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
-        except (KeyError, OSError) as error:
+        except (KeyError, ValueError, OSError) as error:
             reason = f"no such task type: {error}" if isinstance(error, KeyError) else str(error)
             self._channel.send({"event": "task_not_started", "run_id": run_id, "reason": reason})
             return
@@ -164,6 +167,7 @@ class Agent:
                 task.kill_at = None
 
     def _child_ended(self, pid: int, status: int) -> None:
+        self._ssh.discard(pid)
         task = self._tasks.pop(pid, None)
         if task is not None:
             self._finish(task, status)
@@ -206,10 +210,14 @@ class Agent:
         except OSError:
             return
         with connection:
+            if len(self._ssh) >= MAX_SSH:
+                return
             connection.setblocking(True)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with contextlib.suppress(OSError):
-                self._spawn(self._ssh_command, self._environment, self._home, stdio=connection.fileno())
+                self._ssh.add(
+                    self._spawn(self._ssh_command, self._environment, self._home, stdio=connection.fileno())
+                )
 
     def _start_ssh_server(self) -> None:
         for listener in self._listeners:

@@ -8,9 +8,12 @@ import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from yellowdog_ray.errors import SpecError
+from yellowdog_ray.errors import ClusterStateError, SpecError
 
 __all__ = ["Timer", "Timers", "VirtualClock"]
+
+# 1 January of the year 9000: times, and those that are a while later, must be such as can be written.
+_END = 221_845_392_000.0
 
 
 class Timer(Protocol):
@@ -71,10 +74,15 @@ class VirtualClock:
         """Move the clock on, and return what it shows then.
 
         :param seconds: by how much, 0 or more.
-        :raises SpecError: when time would go backwards.
+        :raises SpecError: when it is no number, time would go backwards, or the year 9000 would be reached.
+        :raises ClusterStateError: when it is being moved: a callback asks for it.
         """
-        if not seconds >= 0:
-            raise SpecError(f"a clock is moved on by 0 seconds or more, not by {seconds}")
+        if self._moving:
+            raise ClusterStateError("the clock is being moved: what it calls on its way cannot move it")
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
+            raise SpecError(f"a clock is moved on by 0 seconds or more, not by {seconds!r}")
+        if not seconds < _END - self._now:
+            raise SpecError(f"a clock is not moved on by {seconds!r} seconds: it ends with the year 8999")
         end = self._now + seconds
         self._moving = True
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -33,8 +34,9 @@ from yellowdog_ray.local.clock import Timers, VirtualClock
 from yellowdog_ray.local.control_port import ControlPort, read_fault, running
 from yellowdog_ray.local.core import ControlPlane
 from yellowdog_ray.local.events import StartNode
+from yellowdog_ray.local.faults import number
 from yellowdog_ray.local.platform import bind_loopback
-from yellowdog_ray.local.platform_faults import FaultyMachines, PlatformFaults
+from yellowdog_ray.local.platform_faults import CALL_SECONDS, FaultyMachines, PlatformFaults
 from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions, Template
 from yellowdog_ray.local.simulated import SimulatedBackend
 from yellowdog_ray.local.web import Call, handler
@@ -54,7 +56,6 @@ DEFAULT_TEMPLATE = Template(
 )
 """The template that a control plane has when it is not told others."""
 
-_CALL_SECONDS = 30.0
 _CLOSE_SECONDS = 10.0
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class LocalControlPlane:
         platform and its machines do later. Calls are answered and tasks given out without it. What is
         done to requests (``latency``, and the seconds of a :class:`~yellowdog_ray.local.faults.Fault` that
         hangs or comes late) goes by the machine's clock as ever.
-    :raises SpecError: when there is no such clock.
+    :raises SpecError: when there is no such clock, or a number cannot be.
     """
 
     core: ControlPlane
@@ -109,6 +110,9 @@ class LocalControlPlane:
     ) -> None:
         if clock not in ("real", "virtual"):
             raise SpecError(f"a clock is real or virtual, not {clock!r}")
+        delays = {"boot_delay": boot_delay, "start_delay": start_delay, "stop_delay": stop_delay}
+        for name, value in {**delays, "latency": latency}.items():
+            number(name, value)
         self._virtual = clock == "virtual"
         self._clock: VirtualClock | None = None
         self.key_id = key_id or str(uuid.uuid4())
@@ -126,8 +130,7 @@ class LocalControlPlane:
     @property
     def url(self) -> str:
         """The base URL of the API."""
-        if self._thread is None:
-            raise ClusterStateError("this control plane has not been started")
+        self._require_core()
         return f"http://127.0.0.1:{self._port}"
 
     @property
@@ -156,8 +159,7 @@ class LocalControlPlane:
         return self._require_control().token
 
     def _require_control(self) -> ControlPort:
-        if self._thread is None:
-            raise ClusterStateError("this control plane has not been started")
+        self._require_core()
         return self._control
 
     def start(self) -> LocalControlPlane:
@@ -196,7 +198,7 @@ class LocalControlPlane:
         app.add_route("/_books", handler(self.core, self._books), methods=["GET"])
         app.add_route("/_faults", handler(self.core, self._install), methods=["POST"])
         app.add_route("/_faults", handler(self.core, self._clear), methods=["DELETE"])
-        self.faults = PlatformFaults(app, self.core, self.loop, machines)
+        self.faults = PlatformFaults(app, self.core, machines)
         self.faults.latency = self._latency
         self._control = ControlPort(control_listener)
         self._control.prepare(self.core, self.faults, self._advance if self._virtual else None)
@@ -225,6 +227,8 @@ class LocalControlPlane:
                 self.loop.run_until_complete(self._serve(listener))
                 self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             finally:
+                # However it ended: nobody may wait for it any more.
+                self.core.close()
                 self.loop.close()
 
     async def _serve(self, listener: socket.socket) -> None:
@@ -241,8 +245,10 @@ class LocalControlPlane:
             self._server.should_exit = True
             self._control.stop()
 
-        self.loop.call_soon_threadsafe(begin)
-        self._thread.join(_CLOSE_SECONDS)
+        with contextlib.suppress(RuntimeError):  # it has ended by itself meanwhile
+            self.loop.call_soon_threadsafe(begin)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_CLOSE_SECONDS)
 
     def __enter__(self) -> LocalControlPlane:
         if self._thread is None:
@@ -260,29 +266,27 @@ class LocalControlPlane:
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Call something on the platform's loop, and return what it returns.
 
-        :raises ClusterStateError: when the platform is not running.
+        :raises ClusterStateError: when the platform is not running, closes meanwhile, or has been busy for
+            30 s.
         """
-        return self._call(_CALL_SECONDS, function, *args)
+        return self._require_core().call(function, *args, patience=CALL_SECONDS)
 
-    def _call(self, patience: float | None, function: Callable[..., T], *args: Any) -> T:
-        if self._thread is None or not self._thread.is_alive():
-            raise ClusterStateError("this control plane is not running")
-
-        async def run() -> T:
-            return function(*args)
-
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(patience)
+    def _require_core(self) -> ControlPlane:
+        if self._thread is None:
+            raise ClusterStateError("this control plane has not been started")
+        return self.core
 
     def advance(self, seconds: float) -> float:
         """Move a virtual clock on; all that becomes due has been done when this returns, in order.
 
         :param seconds: by how much, 0 or more.
         :returns: what the clock then shows, in seconds since 1970.
-        :raises ClusterStateError: when the clock is not virtual, or the platform is not running.
-        :raises SpecError: when time would go backwards.
+        :raises ClusterStateError: when the clock is not virtual or is being moved by the caller's caller, or
+            the platform is not running or closes meanwhile.
+        :raises SpecError: when it is no number, time would go backwards, or the year 9000 would be reached.
         """
         # However much it is that happens in that time.
-        return self._call(None, self._advance, seconds)
+        return self._require_core().call(self._advance, seconds)
 
     def _advance(self, seconds: float) -> float:
         if self._clock is None:
@@ -308,7 +312,7 @@ class LocalControlPlane:
     async def _install(self, call: Call) -> Any:
         try:
             faults = [read_fault(fields) for fields in await call.body()]
-        except (TypeError, ValueError, AttributeError, SpecError) as problem:
+        except (TypeError, ValueError, AttributeError, OverflowError, SpecError) as problem:
             raise RefusedError.invalid(f"The body must be a list of faults: {problem}") from None
         self.faults.faults = [*self.faults.faults, *faults]
 
@@ -341,7 +345,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--key-id", help="the id of the application key that it accepts (a new one)")
     parser.add_argument("--secret", help="the secret of that key (a new one)")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    with LocalControlPlane(**vars(parser.parse_args(argv))) as platform:
+    try:
+        control_plane = LocalControlPlane(**vars(parser.parse_args(argv)))
+    except SpecError as problem:
+        parser.error(str(problem))
+    with control_plane as platform:
         about = {
             "url": platform.url,
             "key_id": platform.key_id,

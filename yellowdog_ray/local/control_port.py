@@ -207,7 +207,9 @@ class ControlPort:
                 return JSONResponse({"error": "the client has gone"}, 400)
             except ClusterStateError as problem:
                 return JSONResponse({"error": str(problem)}, 409)
-            except (SpecError, TypeError, ValueError, AttributeError) as problem:
+            except RecursionError:
+                return JSONResponse({"error": "the body is nested too deeply"}, 400)
+            except (SpecError, TypeError, ValueError, AttributeError, OverflowError) as problem:
                 return JSONResponse({"error": str(problem)}, 400)
 
         return endpoint

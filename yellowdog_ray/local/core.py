@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
 
+from yellowdog_ray.errors import ClusterStateError
 from yellowdog_ray.local.clock import Timer, Timers
 from yellowdog_ray.local.events import Event, NodeBackend, TaskExited
 from yellowdog_ray.local.scheduler import Scheduler
@@ -17,11 +21,13 @@ __all__ = ["ControlPlane"]
 # Of how many tasks the end of the output is kept; each has at most 4,000 bytes.
 _OUTPUTS = 500
 
+T = TypeVar("T")
+
 
 class ControlPlane:
     """Joins a scheduler to a backend: carries its effects out, hands it events, keeps its timer.
 
-    Everything but :meth:`post` is called on the loop.
+    Everything but :meth:`post` and :meth:`call` is called on the loop.
 
     :param key_id: the application key that clients must show.
     :param secret: its secret.
@@ -51,6 +57,9 @@ class ControlPlane:
         self._key = f"{key_id}:{secret}".encode()
         self._timer: Timer | None = None
         self._draining = False
+        # Calls from other threads that have not been carried out; the lock is for these alone.
+        self._calls: set[Future[Any]] = set()
+        self._lock = threading.Lock()
 
     def check_key(self, key_id: str, secret: str) -> bool:
         """Say whether this is the application key."""
@@ -69,6 +78,49 @@ class ControlPlane:
         """Take in what a machine did, from any thread; after the loop has closed, nothing happens."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.on_event, event)
+
+    def call(self, function: Callable[..., T], *args: Any, patience: float | None = None) -> T:
+        """Call something on the loop, from whatever thread, and return what it returns.
+
+        On the loop's own thread it is called at once.
+
+        :param patience: seconds to wait for the loop; None for as long as the platform runs.
+        :raises ClusterStateError: when the platform is closed, closes before it came to the call, or has not
+            come to it in time.
+        """
+        if _running_loop() is self._loop:
+            self._require_open()
+            return function(*args)
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            with self._lock:
+                if answer not in self._calls:
+                    return
+                self._calls.remove(answer)
+            try:
+                answer.set_result(function(*args))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        with self._lock:
+            # Closing sets it first, and then ends the calls that are in here.
+            self._require_open()
+            try:
+                self._loop.call_soon_threadsafe(run)
+            except RuntimeError:
+                raise ClusterStateError("this platform is closed") from None
+            self._calls.add(answer)
+        wait([answer], patience)
+        with self._lock:
+            if answer in self._calls:
+                self._calls.remove(answer)
+                raise ClusterStateError(f"this platform has been busy with something else for {patience:g} s")
+        return answer.result()
+
+    def _require_open(self) -> None:
+        if self.closing.is_set():
+            raise ClusterStateError("this platform is closed")
 
     def changed(self) -> None:
         """Carry out what the scheduler wants, and arm the timer for when it wants to be called next."""
@@ -100,8 +152,19 @@ class ControlPlane:
         self.changed()
 
     def close(self) -> None:
-        """End the update streams and the timer; the server can then close."""
+        """End the update streams, the timer and the calls of other threads; the server can then close."""
         self.closing.set()
+        with self._lock:
+            calls, self._calls = self._calls, set()
+        for call in calls:
+            call.set_exception(ClusterStateError("this platform was closed before it came to this call"))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

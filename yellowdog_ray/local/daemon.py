@@ -24,25 +24,29 @@ import time
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from platformdirs import user_state_path
 
 from yellowdog_ray.errors import LocalPlatformError, RayDogError, SpecError
-from yellowdog_ray.local.linux import processes_with
+from yellowdog_ray.local.history import forget
+from yellowdog_ray.local.linux import processes_with, write_private
 from yellowdog_ray.local.platform import (
+    HISTORY,
     Kept,
     LocalPlatform,
+    NodeTemplate,
     bind_loopback,
     forget_clusters,
     remove_leftovers,
     require_linux,
 )
 from yellowdog_ray.local.process_node import import_path
+from yellowdog_ray.local.records import from_plain
 from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.local.webpage.access import web_link
 
@@ -54,7 +58,17 @@ __all__ = ["Home", "LocalAccount", "Options", "connect", "serve", "start", "stop
 _log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+_URL = re.compile(r"http://127\.0\.0\.1:[1-9][0-9]{0,4}")
 _VERSION = 1
+# What need not be in a file, and what it is then.
+_ABSENT: Mapping[str, Any] = {
+    "control_url": "",
+    "control_token": "",
+    "description": "",
+    "ending": False,
+    "interface": "",
+    "templates": {},
+}
 _START_SECONDS = 90.0
 _STOP_SECONDS = 60.0
 _CLEAN_SECONDS = 15.0
@@ -71,7 +85,8 @@ class LocalAccount:
     :param name: the platform's name.
     :param url: the base URL of its API.
     :param key_id: the id of the application key that it accepts.
-    :param secret: the secret of that key. Both stay the same when the platform is started again.
+    :param secret: the secret of that key. Both are new when the platform is started again, unless it was
+        told to keep them.
     :param namespace: a namespace to use.
     :param template_names: its compute requirement templates, the default one first.
     :param ssh_user: the user name for SSH to a node.
@@ -81,7 +96,7 @@ class LocalAccount:
     :param isolation: what its nodes are made of.
     :param description: the same as a sentence.
     :param control_url: the base URL of its control port (see :mod:`yellowdog_ray.local.control_port`).
-    :param control_token: the token of that port. Both stay the same, as the key does.
+    :param control_token: the token of that port, which is new when the key is.
     :param pid: its process.
     :param started: when it was started, in seconds since 1970.
     :param directory: where the files of its nodes are.
@@ -189,12 +204,23 @@ class Options:
 
     :param port: the TCP port of its API; None for the one that it had before, or a free one.
     :param isolation: the kind of node; None for the best that works here.
-    :param new_key: whether it gets a new application key.
+    :param keep_key: whether it goes on with the application key and the control port's token that it had
+        before. Another user of the machine who takes its port while it is stopped can come by such a key.
+    :param forget: whether it begins with an empty history.
+    :param templates: the sizes of its nodes, by ``namespace/name``; None for those that it had before, or the
+        default.
+    :raises SpecError: when one of them cannot work.
     """
 
     port: int | None = None
     isolation: str | None = None
-    new_key: bool = False
+    keep_key: bool = False
+    forget: bool = False
+    templates: Mapping[str, NodeTemplate] | None = None
+
+    def __post_init__(self) -> None:
+        # It refuses what cannot work, and does nothing yet.
+        LocalPlatform(port=self.port, isolation=self.isolation, templates=self.templates)
 
 
 class Home:
@@ -214,6 +240,11 @@ class Home:
         configured = os.environ.get("RAYDOG_LOCAL_DIR")
         base = Path(configured).expanduser() if configured else None
         self.directory = (base or user_state_path("raydog", appauthor=False) / "local").absolute() / name
+
+    @property
+    def file(self) -> Path:
+        """The file with what a client needs."""
+        return self.directory / "platform.json"
 
     @property
     def log(self) -> Path:
@@ -261,8 +292,8 @@ class Home:
         return None if kind == fcntl.F_UNLCK else int(pid)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[bool]:
-        """Be the platform meanwhile, and say whether that is so: only one process can."""
+    def lock(self) -> Iterator[int | None]:
+        """Be the platform meanwhile, and give the lock's descriptor; None where another process is it."""
         import fcntl
 
         # Not flock(2): this lock is no child's, and the kernel tells whose it is.
@@ -271,12 +302,19 @@ class Home:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            yield False
+            yield None
             return
         try:
-            yield True
+            yield fd
         finally:
             os.close(fd)
+
+    def holds(self, lock: int) -> bool:
+        """Tell whether a lock's descriptor is still what others find: not where the directory was removed."""
+        try:
+            return os.path.samestat(os.stat(self.directory / "lock"), os.fstat(lock))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -298,23 +336,31 @@ class Home:
     # What is known of it
 
     def read(self) -> dict[str, Any]:
-        """Read what was written down; nothing where that cannot be read."""
+        """Read what was written down: all of it, checked; nothing where that cannot be used."""
         try:
-            known = json.loads((self.directory / "platform.json").read_bytes())
+            return self._read()
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            _log.warning("%s cannot be read, and is made anew: %s", self.directory / "platform.json", error)
+            _log.warning("%s cannot be read, and is made anew: %s", self.file, error)
             return {}
-        return known if isinstance(known, dict) and known.get("version") == _VERSION else {}
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return _checked(json.loads(self.file.read_bytes()))
+        except RecursionError as error:
+            raise ValueError(str(error)) from error
 
     def write(self, known: dict[str, Any]) -> None:
         """Write it down, for this user only."""
-        new = self.directory / "platform.json.new"
-        new.unlink(missing_ok=True)
-        with open(new, "w", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600)) as file:
-            json.dump({"version": _VERSION, **known}, file, indent=2)
-        os.replace(new, self.directory / "platform.json")
+        write_private(self.file, json.dumps({"version": _VERSION, **known}, indent=2).encode())
+
+    def note(self, known: dict[str, Any]) -> None:
+        """Write it down where that can be done; a full disk keeps nothing from ending."""
+        try:
+            self.write(known)
+        except OSError as error:
+            _log.warning("It is not written down that the local platform %r has ended: %s", self.name, error)
 
     def account(self, patience: float = _ANSWER_SECONDS) -> LocalAccount | None:
         """Return what a client needs; None where the platform does not run.
@@ -330,15 +376,19 @@ class Home:
             pid = self.holder()
             if pid is None:
                 return None
-            known = self.read()
+            known, problem = {}, f"has not come up yet, or is ending; see {self.log}"
+            try:
+                known = self._read()
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError) as error:
+                # One that is coming up will write it anew.
+                problem = f"runs, but {self.file} cannot be read ({error}): stop it, and start it again"
             # Read after the lock was seen, and it was held by the same process all the time.
             if known.get("pid") == pid and not known.get("ending") and self.holder() == pid:
                 break
             if time.monotonic() > deadline:
-                raise LocalPlatformError(
-                    f"the local platform {self.name!r} (process {pid}) has not come up yet, or is ending; "
-                    f"see {self.log}"
-                )
+                raise LocalPlatformError(f"the local platform {self.name!r} (process {pid}) {problem}")
             time.sleep(0.05)
         account = LocalAccount(**{each.name: known[each.name] for each in fields(LocalAccount)})
         account.ask("/application")
@@ -353,8 +403,9 @@ class Home:
         """
         with self.lock() as locked:
             known = self.read()
-            if not locked or known.get("pid") is None:
+            if locked is None or known.get("pid") is None:
                 return []
+            found = _left(known)
             deadline = time.monotonic() + _CLEAN_SECONDS
             while True:
                 # Where only the platform was killed, another process is at it, and lets nobody else.
@@ -364,10 +415,42 @@ class Home:
                     break
                 time.sleep(0.05)
             if not left:
-                _log.warning("The local platform %r was killed; what it left has been removed", self.name)
+                if found:
+                    _log.warning("The local platform %r was killed; what it left has been removed", self.name)
                 _forget_dead_clusters(known)
-                self.write({**known, "pid": None})
+                self.note({**known, "pid": None})
             return left
+
+
+def _checked(known: Any) -> dict[str, Any]:
+    """Return what a file says, with all that may be absent from it.
+
+    :raises ValueError: when something is missing, or is not what it should be.
+    """
+    if not isinstance(known, dict):
+        raise ValueError("it is no JSON object")
+    if known.get("version") != _VERSION:
+        raise ValueError(f"it is of version {known.get('version')!r}, and not of {_VERSION}")
+    hints = {**get_type_hints(LocalAccount), "ending": bool, "templates": Mapping[str, NodeTemplate]}
+    # None says that it has ended.
+    hints["pid"] = int | None
+    known = {**_ABSENT, **known}
+    checked = {}
+    for name, hint in hints.items():
+        try:
+            from_plain(hint, known[name])
+        except KeyError as error:
+            raise ValueError(f"{error} is missing") from error
+        except (ValueError, TypeError, SpecError) as error:
+            raise ValueError(f"{name!r} is wrong: {error}") from error
+        checked[name] = known[name]
+    for name in ("url", "control_url"):
+        text = checked[name]
+        if (text or name == "url") and not (_URL.fullmatch(text) and _port(text) < 1 << 16):
+            raise ValueError(f"{name!r} is wrong: {text!r}")
+    if not checked["template_names"]:
+        raise ValueError("'template_names' is empty")
+    return checked
 
 
 def _left(known: dict[str, Any]) -> list[str]:
@@ -503,7 +586,7 @@ def stop(home: Home) -> int | None:
         pid = home.holder()
         if pid is not None:
             _end(home, pid)
-        left = home.clean_up() or (_left(known) if (known := home.read()).get("directory") else [])
+        left = home.clean_up() or (_left(known) if (known := home.read()) else [])
     if left:
         raise LocalPlatformError(f"of the local platform {home.name!r} this is left: {', '.join(left)}")
     return pid
@@ -549,14 +632,10 @@ def serve(home: Home, options: Options, told: Callable[[LocalAccount], None]) ->
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: _tell(tell))
     home.make()
-    with home.lock() as locked:
-        if not locked:
+    with home.lock() as lock:
+        if lock is None:
             raise LocalPlatformError(f"the local platform {home.name!r} runs already")
-        known = _key(home, options)
-        port = known.pop("port")
-        platform = LocalPlatform(
-            port=port, isolation=options.isolation, kept=Kept(**known, directory=home.directory)
-        )
+        platform = _make(home, options)
         # A signal that comes while it starts is heeded afterwards.
         with platform.start():
             account = LocalAccount(
@@ -579,18 +658,22 @@ def serve(home: Home, options: Options, told: Callable[[LocalAccount], None]) ->
                 directory=platform.directory,
                 interface=platform._nodes.interface,
             )
-            home.write(asdict(account))
+            templates = {name: asdict(template) for name, template in platform.templates.items()}
+            known = {**asdict(account), "templates": templates}
+            home.write(known)
             told(account)
             while not select.select([told_to_end], [], [], _LOOK)[0]:
                 failure = platform.failure()
+                if not home.holds(lock):
+                    failure = f"{home.directory} was removed or replaced, and nobody finds it any more"
                 if failure is not None:
                     raise LocalPlatformError(f"the local platform cannot go on: {failure}")
             _log.info("Ending")
-            home.write({**asdict(account), "ending": True})
+            home.note({**known, "ending": True})
         left = platform.leftovers()
         if left:
             raise LocalPlatformError(f"of the local platform this is left: {', '.join(left)}")
-        home.write({**asdict(account), "pid": None})
+        home.note({**known, "pid": None})
         _log.info("Ended; nothing is left")
 
 
@@ -599,32 +682,43 @@ def _tell(pipe: int) -> None:
         os.write(pipe, b"1")
 
 
-def _key(home: Home, options: Options) -> dict[str, Any]:
-    """Choose the application key, the ports and the token: those from before, where that is possible."""
+def _make(home: Home, options: Options) -> LocalPlatform:
+    """Make the platform, with the ports, the node sizes and, where it is to keep it, the key from before."""
     known = home.read()
-    key_id, secret = known.get("key_id"), known.get("secret")
+    keep_key = options.keep_key and bool(known)
+    if keep_key and home.file.stat().st_mode & 0o077:
+        _log.warning("%s could be read by other users: the platform gets a new key", home.file)
+        keep_key = False
     port = options.port
-    if port is None and "url" in known:
+    if port is None and known:
         port = _port(known["url"])
         if not _is_free(port):
             # Whoever is there now may have been sent the key, by a client that did not know.
             _log.warning(
                 "Port %d, where the platform was before, is taken: it gets another one, and a new key", port
             )
-            port = key_id = None
-    if options.new_key or not key_id or not secret:
-        key_id, secret = str(uuid.uuid4()), secrets.token_urlsafe(32)
-    control_token = None if options.new_key else known.get("control_token")
-    control_port = _port(known["control_url"]) if "control_url" in known else None
+            port, keep_key = None, False
+    control_port = _port(known["control_url"]) if known and known["control_url"] else None
+    keep_token = keep_key
     if control_port in (None, port) or not _is_free(control_port):
-        control_port = control_token = None
-    return {
-        "key_id": key_id,
-        "secret": secret,
-        "port": port,
-        "control_port": control_port,
-        "control_token": control_token,
-    }
+        control_port, keep_token = None, False
+    if options.forget:
+        forget(home.directory / HISTORY)
+    templates = options.templates
+    if templates is None and known:
+        templates = from_plain(Mapping[str, NodeTemplate], known["templates"])
+    return LocalPlatform(
+        port=port,
+        isolation=options.isolation,
+        templates=templates or None,
+        kept=Kept(
+            key_id=known["key_id"] if keep_key else str(uuid.uuid4()),
+            secret=known["secret"] if keep_key else secrets.token_urlsafe(32),
+            directory=home.directory,
+            control_port=control_port,
+            control_token=(known["control_token"] or None) if keep_token else None,
+        ),
+    )
 
 
 def set_up_log() -> None:
@@ -641,7 +735,8 @@ def since(when: float) -> str:
 
 def main() -> int:
     """Run as ``python -m yellowdog_ray.local.daemon NAME FD OPTIONS``; FD is told how it went."""
-    name, tell, options = sys.argv[1], int(sys.argv[2]), Options(**json.loads(sys.argv[3]))
+    name, tell = sys.argv[1], int(sys.argv[2])
+    options = from_plain(Options, json.loads(sys.argv[3]))
     os.set_inheritable(tell, False)
     set_up_log()
 

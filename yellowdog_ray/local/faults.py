@@ -17,9 +17,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yellowdog_ray.errors import SpecError
 
-__all__ = ["Chosen", "Fault", "Faults", "check_chosen", "number", "takes"]
+__all__ = ["Chosen", "Fault", "Faults", "check_chosen", "number", "pattern", "takes", "text", "whole"]
 
 _SEEN = 100_000
+# In seconds, thirty thousand years.
+_MOST = 1e12
+# What HTTP allows (RFC 9110, 5.1 and 5.5).
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
 class Chosen(Protocol):
@@ -34,12 +39,43 @@ class Chosen(Protocol):
 
 
 def number(name: str, value: Any, low: float = 0) -> None:
-    """Refuse what is no number, or one that is too low.
+    """Refuse what is no number, or one that is too low, infinite or as good as that.
 
     :raises SpecError: naming what it is.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
-        raise SpecError(f"{name} must be a number from {low:g} on, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= _MOST:
+        raise SpecError(f"{name} must be a number from {low:g} to {_MOST:g}, not {value!r}")
+
+
+def whole(name: str, value: Any) -> None:
+    """Refuse what is no whole number from 0 on.
+
+    :raises SpecError: naming what it is.
+    """
+    number(name, value)
+    if value != int(value):
+        raise SpecError(f"{name} must be a whole number, not {value!r}")
+
+
+def text(name: str, value: Any) -> None:
+    """Refuse what is no text.
+
+    :raises SpecError: naming what it is.
+    """
+    if not isinstance(value, str):
+        raise SpecError(f"{name} must be text, not {value!r}")
+
+
+def pattern(name: str, value: Any) -> None:
+    """Refuse what is no regular expression.
+
+    :raises SpecError: naming what it is.
+    """
+    text(name, value)
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as problem:
+        raise SpecError(f"{name} of a fault is a regular expression: {problem}") from None
 
 
 def check_chosen(fault: Chosen) -> None:
@@ -49,9 +85,7 @@ def check_chosen(fault: Chosen) -> None:
     """
     for name, value in (("count", fault.count), ("skip", fault.skip)):
         if value is not None:
-            number(name, value)
-            if value != int(value):
-                raise SpecError(f"{name} must be a whole number, not {value!r}")
+            whole(name, value)
     number("after", fault.after)
     if fault.for_ is not None:
         number("for_", fault.for_)
@@ -84,7 +118,7 @@ class Fault:
     ``count``, ``skip`` and ``hits`` are kept up to date while requests come in: ``hits`` says how many
     requests the fault has taken.
 
-    :param method: the HTTP method of the requests that it is for; ``"*"`` for every method.
+    :param method: the HTTP method of the requests that it is for, in any case; ``"*"`` for every method.
     :param path: a regular expression that is looked for in their path, without the query.
     :param what: an HTTP status to answer with instead; ``"before"`` or ``"after"``: the connection is
         dropped before or after the request is carried out; ``"hang"``: the request is held for
@@ -126,10 +160,10 @@ class Fault:
         known = self.what in ("before", "after", "hang")
         if not known and not (isinstance(self.what, int) and 200 <= self.what <= 599):
             raise SpecError(f"what of a fault is a status, 'before', 'after' or 'hang', not {self.what!r}")
-        try:
-            re.compile(self.path)
-        except re.error as problem:
-            raise SpecError(f"path of a fault is a regular expression: {problem}") from None
+        text("method", self.method)
+        self.method = self.method.upper()
+        pattern("path", self.path)
+        _check_answer(self.headers, self.body)
 
     def takes(self, method: str, path: str, now: float | None = None) -> bool:
         """Say whether this request is one to go wrong, and count it.
@@ -139,6 +173,18 @@ class Fault:
         if self.method not in ("*", method) or not re.search(self.path, path):
             return False
         return takes(self, time.monotonic() if now is None else now)
+
+
+def _check_answer(headers: Any, body: Any) -> None:
+    if not isinstance(headers, Mapping):
+        raise SpecError(f"headers of a fault are a mapping, not {headers!r}")
+    for name, value in headers.items():
+        text("the name of a header", name)
+        text(f"the header {name}", value)
+        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+            raise SpecError(f"HTTP has no such header: {name!r}: {value!r}")
+    if not isinstance(body, bytes):
+        raise SpecError(f"body of a fault must be bytes, not {body!r}")
 
 
 class Faults:
@@ -162,13 +208,22 @@ class Faults:
         self.app = app
         self._clock = clock
         self._faults: list[Fault] = []
-        #: Seconds by which every request is delayed.
-        self.latency = 0.0
+        self._latency = 0.0
         #: What has come in, as (method, path): the latest, at least a hundred thousand of them.
         self.seen: list[tuple[str, str]] = []
         #: How many requests have come in.
         self.requests = 0
         self._closing = closing or asyncio.Event()
+
+    @property
+    def latency(self) -> float:
+        """Seconds by which every request is delayed."""
+        return self._latency
+
+    @latency.setter
+    def latency(self, seconds: float) -> None:
+        number("latency", seconds)
+        self._latency = seconds
 
     @property
     def faults(self) -> list[Fault]:
@@ -177,7 +232,11 @@ class Faults:
 
     @faults.setter
     def faults(self, faults: Iterable[Fault]) -> None:
-        older, self._faults = self._faults, list(faults)
+        newer = list(faults)
+        for fault in newer:
+            if not isinstance(fault, Fault):
+                raise SpecError(f"a fault of requests is a Fault, not {fault!r}")
+        older, self._faults = self._faults, newer
         for fault in self._faults:
             if not any(fault is other for other in older):
                 fault.since = self._clock()
@@ -233,7 +292,7 @@ class Faults:
             await self.app(scope, again, _swallow)
         await self._hold(fault.delay, receive)
         if isinstance(fault.what, int):
-            headers = [(key.encode(), value.encode()) for key, value in fault.headers.items()]
+            headers = [(key.encode(), value.encode("latin-1")) for key, value in fault.headers.items()]
             await send({"type": "http.response.start", "status": fault.what, "headers": headers})
             await send({"type": "http.response.body", "body": fault.body})
         else:

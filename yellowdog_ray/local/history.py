@@ -1,8 +1,9 @@
 """What a platform remembers beyond its end: a file of all that it has known, shown again by the next one.
 
-The file is a SQLite database with one table: a row for each thing, as JSON. It is written by a thread of
-its own, at most every half second, and never keeps the platform from working: a file that is damaged or of
-another version is put aside, and what cannot be written is only logged.
+The file is a SQLite database with one table: a row for each thing, as JSON, with the id of the requirement
+that it belongs to. It is written by a thread of its own, at most every half second, and never keeps the
+platform from working: a file that is damaged or of another version is put aside, and what cannot be written
+is only logged, and tried again.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from yellowdog_ray.local.records import KINDS, Thing, kind_of, read, write
 if TYPE_CHECKING:
     from yellowdog_ray.local.scheduler import Scheduler
 
-__all__ = ["KEEP_DAYS", "KEEP_TASKS", "VERSION", "WAS_KILLED", "WAS_STOPPED", "History", "conclude"]
+__all__ = ["KEEP_DAYS", "KEEP_TASKS", "VERSION", "WAS_KILLED", "WAS_STOPPED", "History", "conclude", "forget"]
 
 _log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """The version of the file's form; a file of another one is put aside."""
 KEEP_TASKS = 10_000
 """How many tasks, and how many machines, are remembered at a start."""
@@ -53,9 +54,19 @@ _PAUSE = 0.5
 _AT_ONCE = 300
 _PAUSE_WITHIN = 0.02
 _CLOSE_SECONDS = 10.0
+# When what could not be written is tried again, where nothing else is to be written before.
+_AGAIN_SECONDS = 5.0
 _NAMESPACES = "namespaces"
+# What there may be very many of in a requirement of each kind.
+_MANY = {"work": "task", "compute": "instance"}
 
-_Row = tuple[str, str, float, str]
+_Row = tuple[str, str, str, float, str]
+
+
+def forget(path: Path) -> None:
+    """Remove a history, and all that was put aside of it; no platform may be using it."""
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
 
 
 class History:
@@ -74,6 +85,7 @@ class History:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._armed = False
         self._namespaces = ""
+        self._problem = ""
         self._rows: queue.SimpleQueue[list[_Row] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._database: sqlite3.Connection | None = None
@@ -106,7 +118,7 @@ class History:
             database.execute("PRAGMA synchronous = NORMAL")
             database.execute(
                 "CREATE TABLE IF NOT EXISTS things (kind TEXT NOT NULL, id TEXT NOT NULL, "
-                "updated REAL NOT NULL, json TEXT NOT NULL, PRIMARY KEY (kind, id))"
+                "root TEXT NOT NULL, updated REAL NOT NULL, json TEXT NOT NULL, PRIMARY KEY (kind, id))"
             )
             database.execute(f"PRAGMA user_version = {VERSION}")
         except BaseException:
@@ -132,12 +144,20 @@ class History:
     def load(self, scheduler: Scheduler) -> None:
         """Give a scheduler all that is remembered; what was live when it was last written has ended.
 
-        What is too old, or too much, is forgotten. A row that makes no sense is passed over.
+        What is too old, or too much, is forgotten before it is looked at. A row that makes no sense is passed
+        over.
         """
         if self._database is None:
             return
         try:
-            rows = self._database.execute("SELECT kind, id, json FROM things ORDER BY rowid").fetchall()
+            kept = self._prune(self._database)
+            rows = [
+                (kind, its_id, text)
+                for kind, its_id, root, text in self._database.execute(
+                    "SELECT kind, id, root, json FROM things ORDER BY rowid"
+                )
+                if root in kept
+            ]
         except sqlite3.Error as error:
             self._database.close()
             self._put_aside(error)
@@ -146,22 +166,61 @@ class History:
         if odd:
             _log.warning("%d entries of the history %s make no sense, and are forgotten", odd, self._path)
         changed = conclude(things.values(), self._now, WAS_KILLED)
-        kept = _worth_keeping(things.values(), self._now)
-        for each in kept:
+        for each in things.values():
             if isinstance(each, (WorkRequirement, TaskGroup, Task)):
                 scheduler.remember_work(each)
             else:
                 scheduler.remember_machines(each)
         for kind, _, text in rows:
             if kind == _NAMESPACES:
-                with contextlib.suppress(ValueError):
-                    scheduler.namespaces |= {name for name in json.loads(text) if isinstance(name, str)}
-                    self._namespaces = text
-        names = {(kind_of(thing).name, thing.id) for thing in kept} | {(_NAMESPACES, "")}
-        gone = [(kind, its_id) for kind, its_id, _ in rows if (kind, its_id) not in names]
+                scheduler.namespaces |= _namespaces(text)
+                self._namespaces = text
+        gone = [row[:2] for row in rows if row[:2] not in things and row[0] != _NAMESPACES]
         with self._attempt("pruned"), _transaction(self._database):
             self._database.executemany("DELETE FROM things WHERE kind = ? AND id = ?", gone)
-        self._rows.put([_row(thing, self._now) for thing in changed if _name_of(thing) in names])
+        self._rows.put([_row(thing, self._now) for thing in changed])
+
+    def _prune(self, database: sqlite3.Connection) -> set[str]:
+        """Forget what is too old or too much, whole requirements at a time, and return those that stay.
+
+        The newest stays; where it is too much by itself, the newest of its tasks or machines do.
+        """
+        sizes: dict[str, int] = dict(
+            database.execute(
+                "SELECT root, count(*) FROM things WHERE kind IN ('task', 'instance') GROUP BY root"
+            )
+        )
+        # What belongs to none has no root.
+        kept, newest = {""}, []
+        for kind, many in _MANY.items():
+            count = 0
+            for root, updated, text in database.execute(
+                "SELECT id, updated, json FROM things WHERE kind = ? ORDER BY updated DESC, rowid DESC",
+                (kind,),
+            ):
+                if count == 0:
+                    newest.append((many, root))
+                elif count + sizes.get(root, 1) > KEEP_TASKS:
+                    break
+                count += sizes.get(root, 1)
+                if updated >= self._now - KEEP_DAYS * 86400 or _lives(text):
+                    kept.add(root)
+        with self._attempt("pruned"), _transaction(database):
+            database.execute(
+                "DELETE FROM things WHERE root NOT IN (SELECT value FROM json_each(?))",
+                (json.dumps(list(kept)),),
+            )
+            for kind, root in newest:
+                database.execute(
+                    "DELETE FROM things WHERE kind = ?1 AND root = ?2 AND rowid < (SELECT rowid FROM things "
+                    "WHERE kind = ?1 AND root = ?2 ORDER BY rowid DESC LIMIT 1 OFFSET ?3)",
+                    (kind, root, KEEP_TASKS - 1),
+                )
+            database.execute(
+                "DELETE FROM things WHERE kind = 'node' AND json_valid(json) AND json_extract(json, "
+                "'$.instance') NOT IN (SELECT id FROM things WHERE kind = 'instance')"
+            )
+        return kept
 
     # Writing
 
@@ -205,7 +264,7 @@ class History:
         namespaces = json.dumps(sorted(scheduler.namespaces))
         if namespaces != self._namespaces:
             self._namespaces = namespaces
-            rows.append((_NAMESPACES, "", now, namespaces))
+            rows.append((_NAMESPACES, "", "", now, namespaces))
         if rows:
             self._rows.put(rows)
 
@@ -222,24 +281,27 @@ class History:
         self._rows.put(None)
         if self._thread is not None:
             self._thread.join(_CLOSE_SECONDS)
+        elif self._database is not None:
+            self._database.close()
 
     def _write_all(self, database: sqlite3.Connection) -> None:
         waiting: dict[tuple[str, str], _Row] = {}
         more = True
         while more:
-            batch = self._rows.get()
+            try:
+                batch = self._rows.get(timeout=_AGAIN_SECONDS if waiting else None)
+            except queue.Empty:
+                batch = []
             more = batch is not None
             waiting.update({row[:2]: row for row in batch or ()})
-            done = False
-            with self._attempt("written"), _transaction(database):
-                database.executemany(
-                    "INSERT INTO things VALUES (?, ?, ?, ?) ON CONFLICT (kind, id) "
-                    "DO UPDATE SET updated = excluded.updated, json = excluded.json",
-                    list(waiting.values()),
-                )
-                done = True
-            if done:
-                # What could not be written goes with the next.
+            with self._attempt("written"):
+                with _transaction(database):
+                    database.executemany(
+                        "INSERT INTO things VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, id) DO "
+                        "UPDATE SET root = excluded.root, updated = excluded.updated, json = excluded.json",
+                        list(waiting.values()),
+                    )
+                # Only here it is in the file; what is not goes with the next.
                 waiting.clear()
         database.close()
 
@@ -248,7 +310,12 @@ class History:
         try:
             yield
         except sqlite3.Error as error:
-            _log.warning("The history %s could not be %s: %s", self._path, what, error)
+            # A disk that stays full is worth one line, not one every few seconds.
+            level = logging.DEBUG if self._problem == str(error) else logging.WARNING
+            _log.log(level, "The history %s could not be %s: %s", self._path, what, error)
+            self._problem = str(error)
+        else:
+            self._problem = ""
 
 
 @contextlib.contextmanager
@@ -256,14 +323,15 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
     database.execute("BEGIN IMMEDIATE")
     try:
         yield
-    except BaseException:
-        database.execute("ROLLBACK")
-        raise
-    database.execute("COMMIT")
+        database.execute("COMMIT")
+    finally:
+        # A commit that fails may leave it open, and SQLite may have taken it back by itself.
+        if database.in_transaction:
+            database.execute("ROLLBACK")
 
 
 def _row(thing: Thing, now: float) -> _Row:
-    return (*_name_of(thing), now, json.dumps(write(thing), separators=(",", ":")))
+    return (*_name_of(thing), _root(thing).id, now, json.dumps(write(thing), separators=(",", ":")))
 
 
 def _name_of(thing: Thing) -> tuple[str, str]:
@@ -291,9 +359,24 @@ def _read_all(rows: Iterable[tuple[str, str, str]]) -> tuple[dict[tuple[str, str
                 if thing.id != its_id:
                     raise ValueError(f"{thing.id} in place of {its_id}")
                 things[kind, its_id] = thing
-            except (ValueError, RecursionError):
+            except (ValueError, TypeError, RecursionError):
                 odd += 1
     return things, odd
+
+
+def _namespaces(text: str) -> set[str]:
+    try:
+        return {name for name in json.loads(text) if isinstance(name, str)}
+    except (ValueError, TypeError, RecursionError):
+        return set()
+
+
+def _lives(text: str) -> bool:
+    """Tell whether a requirement had not ended when it was last written."""
+    try:
+        return json.loads(text)["status"] not in ("TERMINATED", "COMPLETED", "FAILED", "CANCELLED")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def _all_of(scheduler: Scheduler) -> list[Thing]:
@@ -364,31 +447,6 @@ def _conclude_task(task: Task, now: float, why: str) -> bool:
     )
     task.status, task.finished = status, now
     return True
-
-
-def _worth_keeping(things: Iterable[Thing], now: float) -> list[Thing]:
-    """Leave out what is too old or too much, whole requirements at a time; the newest always stay."""
-    roots: dict[str, Thing] = {}
-    sizes: dict[str, int] = {}
-    owner: dict[str, str] = {}
-    things = list(things)
-    for thing in things:
-        root = _root(thing)
-        roots[root.id], owner[thing.id] = root, root.id
-        sizes[root.id] = sizes.get(root.id, 0) + isinstance(thing, (Task, Instance))
-    kept = set()
-    for kind in (WorkRequirement, ComputeRequirement):
-        count = 0
-        newest_first = sorted(
-            (root for root in roots.values() if isinstance(root, kind)),
-            key=lambda root: root.changed,
-            reverse=True,
-        )
-        for number, root in enumerate(newest_first):
-            count += sizes[root.id]
-            if root.changed >= now - KEEP_DAYS * 86400 and (count <= KEEP_TASKS or number == 0):
-                kept.add(root.id)
-    return [thing for thing in things if owner[thing.id] in kept]
 
 
 def _root(thing: Thing) -> ComputeRequirement | WorkRequirement:

@@ -6,6 +6,7 @@ an answer that silently leaves something out would make a test pass that fails o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -47,12 +48,15 @@ MAX_NAME = 60
 MAX_TAG = 200
 MAX_GROUPS = 1000
 MAX_NODES = 10_000
+# A hundred years: what is added to a time must give one that can be written.
+MAX_DAYS = 36_500
 
 _NAME = re.compile(r"^[a-z][a-z0-9_-]*[a-z0-9]$")
 _DURATION = re.compile(
     r"^P(?:(?P<weeks>\d+)W)?(?:(?P<days>\d+(?:\.\d+)?)D)?"
     r"(?:T(?:(?P<hours>\d+(?:\.\d+)?)H)?(?:(?P<minutes>\d+(?:\.\d+)?)M)?(?:(?P<seconds>\d+(?:\.\d+)?)S)?)?$"
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNIT = {"weeks": 604800.0, "days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 
 
@@ -62,6 +66,13 @@ def seconds(text: str) -> float | None:
     if found is None or text.endswith(("P", "T")):
         return None
     return sum(float(value) * _UNIT[unit] for unit, value in found.groupdict().items() if value)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def check_name(what: str, name: str) -> str:
@@ -102,7 +113,20 @@ class Fields:
         # To Python, True is an int; to JSON it is no number.
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise self.bad(key, wanted)
+        # To Python's JSON, 1e999 is a number too.
+        if isinstance(value, (int, float)) and not _finite(value):
+            raise self.bad(key, wanted)
+        self._check_text(key, value)
         return value
+
+    def _check_text(self, key: str, value: Any) -> None:
+        """Refuse a text that cannot be written down: half of a pair that stands for one character."""
+        texts = [value] if isinstance(value, str) else value if isinstance(value, list) else ()
+        if isinstance(value, dict):
+            texts = [*value, *value.values()]
+        for text in texts:
+            if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text):
+                raise self.bad(key, "text that UTF-8 can hold, without lone surrogates")
 
     def text(self, key: str) -> str | None:
         value: str | None = self._typed(key, (str,), "text")
@@ -147,6 +171,8 @@ class Fields:
         read = seconds(value)
         if read is None:
             raise self.bad(key, f"an ISO-8601 duration such as PT10M, not {value!r}")
+        if read > MAX_DAYS * 86400:
+            raise self.bad(key, f"at most {MAX_DAYS} days")
         return read
 
     def strings(self, key: str) -> tuple[str, ...] | None:
@@ -164,6 +190,23 @@ class Fields:
         if not all(isinstance(each, str) for each in value.values()):
             raise self.bad(key, "an object of texts")
         return dict(value)
+
+    def arguments(self, key: str) -> tuple[str, ...] | None:
+        """Read what a process can be started with: a NUL would end an argument."""
+        value = self.strings(key)
+        if any("\0" in each for each in value or ()):
+            raise self.bad(key, "texts without NUL characters")
+        return value
+
+    def environment(self, key: str) -> dict[str, str] | None:
+        """Read variables that a process can have."""
+        value = self.mapping(key)
+        for name, content in (value or {}).items():
+            if not name or "=" in name or "\0" in name:
+                raise self.bad(key, f"variables whose names are not empty, without = and NUL, not {name!r}")
+            if "\0" in content:
+                raise self.bad(key, f"variables without NUL characters, which {name} has")
+        return value
 
     def span(self, key: str) -> Range:
         inner = self.fields(key)
@@ -407,7 +450,7 @@ def read_group(value: Any, number: int) -> GroupSpec:
         finish_when_failed=fields.flag("finishIfAnyTaskFailed", False),
         task_type=template.text("taskType") if template else None,
         task_data=template.text("taskData") if template else None,
-        environment=template.mapping("environment") if template else None,
+        environment=template.environment("environment") if template else None,
         completed_task_ttl=ttl,
         template_json=value.get("taskTemplate"),
     )
@@ -429,9 +472,9 @@ def read_task(value: Any, number: int) -> TaskSpec:
         name=None if name is None else check_name(f"tasks[{number}].name", name),
         tag=fields.tag("tag"),
         task_type=fields.text("taskType"),
-        arguments=fields.strings("arguments"),
+        arguments=fields.arguments("arguments"),
         task_data=fields.text("taskData"),
-        environment=fields.mapping("environment"),
+        environment=fields.environment("environment"),
         timeout=fields.duration("timeout"),
     )
     fields.done()

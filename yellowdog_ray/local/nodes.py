@@ -67,6 +67,8 @@ class SSHIdentity:
 
     :param directory: the directory for the key files, which only this user may read. Keys that are in it
         already are used again.
+    :raises LocalPlatformError: when a file there is no key that can be used.
+    :raises OSError: with the file's name, when one cannot be read or written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -78,24 +80,26 @@ class SSHIdentity:
 
 def _make_key(path: Path) -> str:
     """Return the public key of a private key file, which is made where there is none."""
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     try:
+        # Whoever has put it there may have let others read it; sshd would refuse it too.
+        path.chmod(0o600)
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except FileNotFoundError:
         key = Ed25519PrivateKey.generate()
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
         )
-        # Whole or not at all: it may be for longer than this process lives.
-        new = path.with_name(f"{path.name}.new")
-        new.unlink(missing_ok=True)
-        with open(new, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600)) as file:
-            file.write(private)
-        os.replace(new, path)
-    except ValueError as error:
-        raise LocalPlatformError(f"{path} is no SSH key any more ({error}): remove it") from error
+        linux.write_private(path, private)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        # A key with a passphrase is a TypeError.
+        raise LocalPlatformError(
+            f"{path} is no SSH key that can be used without a passphrase ({error}): remove it, and start "
+            "again; a new one is made"
+        ) from error
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return public.decode()
 
@@ -569,7 +573,7 @@ UseDNS no
 PrintMotd no
 PrintLastLog no
 PidFile none
-MaxStartups 200
+LoginGraceTime 20
 MaxSessions 100
 AcceptEnv LANG LC_* RAY_*
 Subsystem sftp internal-sftp

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from yellowdog_ray.local.daemon import LocalAccount
     from yellowdog_ray.local.events import Event
+    from yellowdog_ray.local.history import History
     from yellowdog_ray.local.platform_faults import PlatformFaults
     from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions
     from yellowdog_ray.raydog.reach import SSHAccess
@@ -122,7 +123,8 @@ class LocalPlatform:
         no history.
     :param limits: whether a node's processes are held to the CPUs and the memory of its template, by control
         groups; None for as far as this machine and user allow, True to refuse to start elsewhere.
-    :param options: choices where YellowDog's behaviour is not documented; None for the defaults.
+    :param options: choices where YellowDog's behaviour is not documented; None for the defaults, but that the
+        names of what has ended can be used again, as a notebook wants it.
 
     :raises SpecError: when an argument cannot work.
     """
@@ -149,7 +151,7 @@ class LocalPlatform:
         self._limits, self._options = limits, options
         self._templates = dict(DEFAULT_TEMPLATES if templates is None else templates)
         for name in self._templates:
-            if name.count("/") != 1:
+            if name.count("/") != 1 or not all(name.split("/")):
                 raise SpecError(f"a template is named namespace/name, not {name!r}")
         self._state = _State.NEW
         self._listener: socket.socket | None = None
@@ -202,6 +204,11 @@ class LocalPlatform:
     def template_names(self) -> list[str]:
         """The compute requirement templates, as ``namespace/name``, the default one first."""
         return list(self._templates)
+
+    @property
+    def templates(self) -> Mapping[str, NodeTemplate]:
+        """The same, with the size of the nodes of each."""
+        return dict(self._templates)
 
     @property
     def ssh_user(self) -> str:
@@ -302,8 +309,9 @@ class LocalPlatform:
         except BaseException as error:
             self._end()
             if isinstance(error, OSError) and not isinstance(error, LocalPlatformError):
+                where = error.filename or _DIRECTORY_HOME
                 raise LocalPlatformError(
-                    f"the local platform cannot work in {_DIRECTORY_HOME}: {error.strerror or error}. "
+                    f"the local platform cannot work with {where}: {error.strerror or error}. "
                     "Is there space, and may this user write there?"
                 ) from error
             raise
@@ -432,6 +440,8 @@ class _Server:
         self._listener_copies = [listener.dup(), control.dup()]
         self.port: int = listener.getsockname()[1]
         self.faults: PlatformFaults
+        self._scheduler = _scheduler(platform._templates, platform._options)
+        self._history: History | None = None
         self._thread = threading.Thread(target=self._run, name="raydog-local-platform", daemon=True)
         self._started = threading.Event()
         self._failure: BaseException | None = None
@@ -446,6 +456,13 @@ class _Server:
 
         :raises LocalPlatformError: when it does not.
         """
+        kept = self._platform._kept
+        if kept is not None:
+            from yellowdog_ray.local.history import History
+
+            # Here, and not on the loop: a long history takes its time, and is no reason to give up.
+            self._history = History(kept.directory / HISTORY)
+            self._history.load(self._scheduler)
         self._thread.start()
         if not self._started.wait(_START_TIMEOUT) or self._failure:
             raise LocalPlatformError(
@@ -458,6 +475,8 @@ class _Server:
             self._loop.call_soon_threadsafe(self._begin_stop)
         if self._thread.ident is not None:
             self._thread.join(_START_TIMEOUT)
+        elif self._history is not None:
+            self._history.close()
         self._control_listener.close()
         # A forked process may hold a copy of a socket: nobody is to wait for an answer there.
         for copy in self._listener_copies:
@@ -485,17 +504,14 @@ class _Server:
     async def _serve(self) -> None:
         from yellowdog_ray.local.api import create_app
         from yellowdog_ray.local.core import ControlPlane
-        from yellowdog_ray.local.history import History
 
         self._loop = asyncio.get_running_loop()
-        scheduler, kept = _scheduler(self._platform._templates, self._platform._options), self._platform._kept
-        self._core = ControlPlane(scheduler, self._loop, self._platform.key_id, self._platform.secret)
-        if kept is None:
+        self._core = ControlPlane(self._scheduler, self._loop, self._platform.key_id, self._platform.secret)
+        history = self._history
+        if history is None:
             await self._serve_api(create_app(self._core))
             return
-        history = History(kept.directory / HISTORY)
-        history.load(scheduler)
-        history.follow(scheduler, self._loop)
+        history.follow(self._scheduler, self._loop)
         self._core.saver = history.changed
         try:
             await self._serve_api(create_app(self._core))
@@ -513,7 +529,7 @@ class _Server:
         machines.machines = self._nodes
         self._core.backend = machines
         self._nodes.serve(self._loop, machines.on_event)
-        self.faults = PlatformFaults(app, self._core, self._loop, machines)
+        self.faults = PlatformFaults(app, self._core, machines)
         control = self.control.prepare(self._core, self.faults)
         front = Front(self.faults, self._core, self._platform.secret, self._nodes.task_output)
         config = uvicorn.Config(front, log_config=None, access_log=False, lifespan="off", ws="none")
@@ -532,9 +548,9 @@ def _close(reference: weakref.ref[LocalPlatform]) -> None:
 
 
 def _scheduler(templates: Mapping[str, NodeTemplate], options: SchedulerOptions | None) -> Scheduler:
-    from yellowdog_ray.local.scheduler import Scheduler, Template
+    from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions, Template
 
-    scheduler = Scheduler(options)
+    scheduler = Scheduler(options or SchedulerOptions(reuse_finished_names=True))
     for full_name, template in templates.items():
         namespace, _, name = full_name.partition("/")
         scheduler.add_template(

@@ -7,7 +7,6 @@ goes wrong there, so neither of them knows of it.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 from collections import Counter
@@ -32,11 +31,12 @@ from yellowdog_ray.local.events import (
     StartNode,
     StopNode,
 )
-from yellowdog_ray.local.faults import Fault, Faults, check_chosen, number, takes
+from yellowdog_ray.local.faults import Fault, Faults, check_chosen, number, pattern, takes, text, whole
 
-__all__ = ["CapacityLimit", "FaultyMachines", "Machines", "PlatformFaults", "ProvisionFault"]
+__all__ = ["CALL_SECONDS", "CapacityLimit", "FaultyMachines", "Machines", "PlatformFaults", "ProvisionFault"]
 
-_CALL_SECONDS = 30.0
+CALL_SECONDS = 30.0
+"""How long a call from another thread waits for a platform that is busy."""
 
 T = TypeVar("T")
 
@@ -74,10 +74,9 @@ class ProvisionFault:
     def __post_init__(self) -> None:
         check_chosen(self)
         number("seconds", self.seconds)
-        try:
-            re.compile(self.pool or "")
-        except (re.error, TypeError) as problem:
-            raise SpecError(f"pool of a fault is a regular expression: {problem}") from None
+        if self.pool is not None:
+            pattern("pool", self.pool)
+        text("message", self.message)
 
 
 @dataclass
@@ -239,11 +238,9 @@ class PlatformFaults(Faults):
     :class:`Fault`, which may be set as a whole.
     """
 
-    def __init__(
-        self, app: ASGIApp, core: ControlPlane, loop: asyncio.AbstractEventLoop, machines: FaultyMachines
-    ) -> None:
+    def __init__(self, app: ASGIApp, core: ControlPlane, machines: FaultyMachines) -> None:
         super().__init__(app, core.closing, core.timers.time)
-        self._core, self._loop, self._machines = core, loop, machines
+        self._core, self._machines = core, machines
 
     # Faults that stay
 
@@ -255,7 +252,6 @@ class PlatformFaults(Faults):
         """
 
         def add() -> None:
-            fault.since = self._clock()
             self.faults = [*self.faults, fault]
 
         self._on_loop(add)
@@ -336,11 +332,13 @@ class PlatformFaults(Faults):
         """
         limit = None
         if nodes is not None:
-            number("nodes", nodes)
+            whole("nodes", nodes)
+            text("message", message)
             limit = CapacityLimit(int(nodes), template, message)
 
         def change() -> None:
             if template is not None:
+                text("template", template)
                 try:
                     self._core.scheduler.template(template)
                 except RefusedError as problem:
@@ -397,6 +395,8 @@ class PlatformFaults(Faults):
         :raises SpecError: when no machine that is booting or up is meant, or an argument cannot work.
         """
         number("noticed_after", noticed_after)
+        text("which", which)
+        text("reason", reason)
 
         def lose() -> list[str]:
             chosen = self._instances(which, count)
@@ -427,6 +427,8 @@ class PlatformFaults(Faults):
         :raises SpecError: when no machine that is booting or up is meant, or an argument cannot work.
         """
         number("warning", warning)
+        text("which", which)
+        text("reason", reason)
 
         def preempt() -> list[str]:
             chosen = self._instances(which, count)
@@ -443,8 +445,9 @@ class PlatformFaults(Faults):
         :param count: for a name, how many of them that run, those first that were given out first; None
             for all.
         :returns: their ids.
-        :raises SpecError: when no such task runs.
+        :raises SpecError: when no such task runs, or an argument cannot work.
         """
+        text("which", which)
 
         def kill() -> list[str]:
             scheduler = self._core.scheduler
@@ -496,32 +499,15 @@ class PlatformFaults(Faults):
         """Call something on the platform's loop, from whatever thread, and see to what follows from it."""
 
         def run() -> T:
-            if self._core.closing.is_set():
-                raise ClusterStateError("this platform is closed: nothing more can go wrong with it")
             result = function()
             self._core.changed()
             return result
 
-        async def later() -> T:
-            return run()
-
-        try:
-            running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-        except RuntimeError:
-            running = None
-        if running is self._loop:
-            return run()
-        waiting = later()
-        try:
-            answer = asyncio.run_coroutine_threadsafe(waiting, self._loop)
-        except RuntimeError:
-            waiting.close()
-            raise ClusterStateError("this platform is closed: nothing more can go wrong with it") from None
-        return answer.result(_CALL_SECONDS)
+        return self._core.call(run, patience=CALL_SECONDS)
 
 
 def _some(things: list[T], count: int | None) -> list[T]:
     if count is None:
         return things
-    number("count", count)
+    whole("count", count)
     return things[: int(count)]

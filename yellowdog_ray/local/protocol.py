@@ -33,9 +33,9 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._unread = b""
+        self._unread = bytearray()
         self._received_fds: deque[int] = deque()
-        self._unsent: deque[tuple[bytes, list[int]]] = deque()
+        self._unsent: deque[tuple[memoryview, list[int]]] = deque()
         #: Called when something could not be sent at once; see that :meth:`flush` is called when it can.
         self.on_blocked: Callable[[], None] = lambda: None
 
@@ -48,7 +48,7 @@ class Channel:
 
         :raises Closed: when the other end is gone.
         """
-        data = json.dumps({**message, "fds": len(fds)} if fds else message).encode() + b"\n"
+        data = memoryview(json.dumps({**message, "fds": len(fds)} if fds else message).encode() + b"\n")
         blocked = bool(self._unsent)
         self._unsent.append((data, [os.dup(fd) for fd in fds or []]))
         if not blocked and not self.flush():
@@ -93,7 +93,13 @@ class Channel:
         if not data:
             raise Closed
         self._received_fds.extend(fds)
-        *lines, self._unread = (self._unread + data).split(b"\n")
+        # Only what is new is looked through: a message may have many megabytes, in hundreds of pieces.
+        first, *rest = data.split(b"\n")
+        self._unread += first
+        if not rest:
+            return []
+        lines: list[bytes | bytearray] = [self._unread, *rest[:-1]]
+        self._unread = bytearray(rest[-1])
         messages: list[dict[str, Any]] = [json.loads(line) for line in lines]
         for message in messages:
             if "fds" in message:

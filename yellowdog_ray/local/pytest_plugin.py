@@ -4,6 +4,10 @@
     a running :class:`~yellowdog_ray.local.platform.LocalPlatform`, with real nodes. Where this machine
     cannot have one, the test is skipped with the reason; or it fails, where the environment variable
     ``RAYDOG_TESTS_REQUIRE_ALL`` is set.
+    With pytest-xdist every worker has a platform of its own. Where nodes are plain processes, which share the
+    machine's ports, only one has one at a time: a worker waits in this fixture until another has run all
+    of its tests, and a time-out per test must leave room for that (``--dist loadgroup``, with one
+    ``pytest.mark.xdist_group`` for these tests, gives them to one worker).
 ``raydog_local_platform_options`` (session)
     the arguments of that platform, a dictionary: none. Define a fixture of this name to have others.
 ``raydog_control_plane`` (function)
@@ -69,16 +73,30 @@ def raydog_local_platform_options() -> Mapping[str, Any]:
 def raydog_local_platform(
     raydog_local_platform_options: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalPlatform]:
-    """Run a local platform with real nodes, for all tests of the run."""
+    """Run a local platform with real nodes, for all tests of the run, or of a worker of pytest-xdist."""
+    import os
+    from contextlib import ExitStack
+
+    from filelock import FileLock
+
     from yellowdog_ray.errors import LocalPlatformError
     from yellowdog_ray.local import LocalPlatform
+    from yellowdog_ray.local.isolation import Isolation
 
     platform = LocalPlatform(**raydog_local_platform_options)
-    try:
-        platform.start()
-    except LocalPlatformError as error:
-        _cannot(str(error))
-    with platform, pytest.MonkeyPatch.context() as patch:
+    with ExitStack() as ends:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            # The directory above a worker's own is that of the whole run.
+            turn = FileLock(tmp_path_factory.getbasetemp().parent / "raydog-local-platform.lock")
+            ends.enter_context(turn)
+        try:
+            platform.start()
+        except LocalPlatformError as error:
+            _cannot(str(error))
+        if platform.isolation is not Isolation.PROCESSES:
+            ends.close()
+        patch = ends.enter_context(pytest.MonkeyPatch.context())
+        ends.enter_context(platform)
         patch.setenv("RAYDOG_STATE_DIR", str(tmp_path_factory.mktemp("raydog-states")))
         yield platform
 

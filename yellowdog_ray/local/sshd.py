@@ -42,6 +42,7 @@ __all__ = ["main"]
 
 _SHELL = "/bin/bash"
 _SHUTDOWN_GRACE = 1.0  # seconds between SIGHUP and SIGKILL for what still runs when the server ends
+_LOGIN_GRACE = 20  # seconds that a client has to log in
 _TERMINAL_LINGER = 0.3  # seconds between looks at a terminal that a background job keeps open
 
 
@@ -233,6 +234,7 @@ async def _serve(options: argparse.Namespace) -> None:
             encoding=None,
             line_editor=False,
             keepalive_interval=30,
+            login_timeout=_LOGIN_GRACE,
         )
     await stop.wait()
     for number in (signal.SIGHUP, signal.SIGKILL):

@@ -240,6 +240,8 @@ class Call:
             return json.loads(raw)
         except ValueError as problem:
             raise RefusedError.invalid(f"The request body is not JSON: {problem}") from None
+        except RecursionError:
+            raise RefusedError.invalid("The request body is nested too deeply") from None
 
     async def _read(self) -> bytes:
         too_large = RefusedError(413, "RequestTooLargeException", f"A request has at most {MAX_BODY} bytes")

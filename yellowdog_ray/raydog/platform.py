@@ -532,9 +532,11 @@ def _name_taken(named: _Named, found: Any, error: Exception) -> NameTakenError:
         stands = f"the platform says: {error}"
     else:
         stands = f"{found.id} ({found.status or 'in an unknown state'}), created {found.createdTime}"
+    over = found is not None and found.status is not None and found.status.finished
+    advice = "that one has ended, and its name is not free again" if over else "or end that one"
     return NameTakenError(
         f"there already is a {named.kind} {named.name!r} in the namespace {named.namespace!r} that this "
-        f"build did not create: {stands}. Use another cluster_name, or end that one"
+        f"build did not create: {stands}. Use another cluster_name{':' if over else ','} {advice}"
     )
 
 

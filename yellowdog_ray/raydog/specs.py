@@ -206,6 +206,11 @@ class Credentials(_Spec):
         """The host, and port if there is one, that the key is sent to."""
         return urlsplit(self.api_url).netloc
 
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether the API is that of a local platform, as its loopback address says."""
+        return _is_loopback(urlsplit(self.api_url).hostname or "")
+
 
 class NodeSpec(_Spec):
     """What a node of a cluster is made from and what it runs.

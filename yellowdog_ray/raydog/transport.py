@@ -221,6 +221,9 @@ class Transport:
             # does a ~/.netrc replace the application key then.
             found = session.merge_environment_settings(self.credentials.api_url, {}, None, None, None)
             session.proxies, session.verify, session.trust_env = found["proxies"], found["verify"], False
+            if self.credentials.on_this_machine:
+                # A proxy has a loopback of its own, and would be shown the key.
+                session.proxies = {}
             adapter = session.get_adapter(self.credentials.api_url)
             if isinstance(adapter, requests.adapters.HTTPAdapter):
                 # It keeps ten connections, and says so in the log when there are more.
