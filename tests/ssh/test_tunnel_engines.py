@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.test_tunnels import Traces, ask, connections_to, is_free
+from tests.ssh.test_tunnels import Traces, ask, connections_to, is_free
 from tests.ssh_fixtures import SshServer, echo_server, eventually, free_port, make_key, system_sshd
 from yellowdog_ray.errors import HostKeyError, SpecError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.hostkeys import HostKey
