@@ -18,6 +18,7 @@ from tests.integration.conftest import kinds
 from tests.ssh_fixtures import eventually
 from yellowdog_ray import LocalPlatform, RayDogCluster
 from yellowdog_ray.errors import ClusterStateError, RayDogError
+from yellowdog_ray.local.isolation import Isolation
 from yellowdog_ray.utils._tunnels.forwarder import Forwarder
 
 pytestmark = pytest.mark.ray
@@ -59,8 +60,13 @@ def refused(open_session: Callable[[], Any], said: str) -> None:
     assert time.monotonic() - began < 5
 
 
-# What nodes are made of makes no difference here.
-@pytest.mark.parametrize("platform", kinds()[:1], indirect=True, ids=lambda kind: kind.value)
+# What nodes are made of makes no difference here, but that those in user namespaces are reached by SSH only.
+@pytest.mark.parametrize(
+    "platform",
+    [kind for kind in kinds() if kind is not Isolation.USER_NAMESPACES][:1],
+    indirect=True,
+    ids=lambda kind: kind.value,
+)
 def test_sessions(
     platform: LocalPlatform, make_cluster: Callable[..., RayDogCluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
