@@ -27,7 +27,9 @@ def tests(session: nox.Session) -> None:
         return
     # Without nodes a test mostly waits, so several go at once; real nodes need the machine for themselves.
     at_once = str(2 * (os.cpu_count() or 1))
-    session.run("pytest", "-n", at_once, "tests/unit", "tests/conformance", "tests/ssh")
+    session.run(
+        "pytest", "-n", at_once, "--dist", "loadgroup", "tests/unit", "tests/conformance", "tests/ssh"
+    )
     session.run("pytest", "tests/integration")
 
 

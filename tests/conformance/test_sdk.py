@@ -59,6 +59,9 @@ from yellowdog_client.model.exceptions import InvalidRequestException, NotAuthor
 
 from tests.controlplane import Fault, Served, serve
 
+# They share a platform: in one process, and in this order, where several are at work.
+pytestmark = pytest.mark.xdist_group("test_sdk")
+
 NO_RETRY = RetryProperties(0, timedelta(milliseconds=1), timedelta(milliseconds=1))
 FAST_RETRY = RetryProperties(3, timedelta(milliseconds=1), timedelta(milliseconds=2))
 

@@ -18,6 +18,9 @@ from tests.conformance.test_sdk import connect, get, nodes_of, submit, task_is, 
 from tests.controlplane import Served, serve
 from yellowdog_ray.local import web
 
+# They share a platform: in one process, and in this order, where several are at work.
+pytestmark = pytest.mark.xdist_group("test_sdk_searches")
+
 NONE = "00000000-0000-0000-0000-000000000000"
 PAST = m.InstantRange(max=datetime(2001, 1, 1, tzinfo=timezone.utc))
 SINCE = m.InstantRange(min=datetime(2001, 1, 1, tzinfo=timezone.utc))

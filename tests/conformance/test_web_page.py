@@ -27,6 +27,9 @@ from yellowdog_client.model import (
 from tests.browser import addresses
 from tests.controlplane import KEY_ID, SECRET, Served, serve
 
+# They share a platform: in one process, and in this order, where several are at work.
+pytestmark = pytest.mark.xdist_group("test_web_page")
+
 SCRIPT = "<script>window.hurt = 1</script>"
 HOSTILE = f"</pre></td>{SCRIPT}<img src=http://127.0.0.1:9/x onerror='window.hurt = 2'>"
 
