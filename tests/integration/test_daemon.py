@@ -459,7 +459,6 @@ def test_names_and_usage(command: Command, capsys: pytest.CaptureFixture[str]) -
 
 # ---------------------------------------------------------------------------------- another user
 
-_STRANGER = "nobody" if os.geteuid() == 0 else None
 _PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin")
 _ATTEMPT = """
 import json, socket, sys, urllib.error, urllib.request
@@ -494,62 +493,65 @@ print(json.dumps(answers))
 """
 
 
-@pytest.mark.skipif(not _STRANGER or not _PYTHON, reason="needs root, to be another user, and a python3")
-def test_another_user_has_no_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user is refused by the API, the control port, the files and the nodes' SSH servers."""
-    stranger = pwd.getpwnam(_STRANGER or "")
-    # Only the platform's own directory is to be in the way.
-    base = Path(f"/tmp/raydog-test-daemon-{os.getpid()}")
-    base.mkdir(mode=0o755)
-    elsewhere = Command(base)
-    try:
-        elsewhere("start")
-        directory = base / "default"
-        monkeypatch.setenv("RAYDOG_LOCAL_DIR", str(base))
-        account = LocalPlatform.connect()
-        names = sorted(path.name for path in directory.iterdir())
-        assert {"platform.json", "history.sqlite", "id_ed25519", "platform.log"} <= set(names)
-        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-        for name in names:
-            assert stat.S_IMODE((directory / name).stat().st_mode) == 0o600, name
-        with sdk(account) as client:
-            lab = Lab(account, client)  # type: ignore[arg-type]
-            address = str(lab.nodes[0].details.publicIpAddress)
-        # All listeners of the platform's process are on the loopback interface.
-        urls = {account.url, account.control_url}
-        assert _listening(account.pid) == {url.removeprefix("http://") for url in urls}
-        result = subprocess.run(
-            [
-                _PYTHON, "-c", _ATTEMPT,
-                account.url, account.control_url, address, str(account.ssh_port), str(directory),
-                " ".join(names),
-            ],
-            user=stranger.pw_uid, group=stranger.pw_gid, extra_groups=[], cwd="/", env={}, text=True,
-            capture_output=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        answers = json.loads(result.stdout)
-        assert answers["calls"] == [401] * 12 + [200] * 3
-        assert answers["post"] == [401, 401]
-        assert answers["control"] == [401] * 9
-        assert set(answers["files"]) == {"PermissionError"}
-        assert answers["ssh"] == "SSH-"
-        for method in ("password", "keyboard-interactive", "publickey"):
-            refused = subprocess.run(
+# Only root can be another user.
+if os.geteuid() == 0:
+
+    @pytest.mark.skipif(not _PYTHON, reason="needs a python3 that every user can run")
+    def test_another_user_has_no_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Another user is refused by the API, the control port, the files and the nodes' SSH servers."""
+        stranger = pwd.getpwnam("nobody")
+        # Only the platform's own directory is to be in the way.
+        base = Path(f"/tmp/raydog-test-daemon-{os.getpid()}")
+        base.mkdir(mode=0o755)
+        elsewhere = Command(base)
+        try:
+            elsewhere("start")
+            directory = base / "default"
+            monkeypatch.setenv("RAYDOG_LOCAL_DIR", str(base))
+            account = LocalPlatform.connect()
+            names = sorted(path.name for path in directory.iterdir())
+            assert {"platform.json", "history.sqlite", "id_ed25519", "platform.log"} <= set(names)
+            assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+            for name in names:
+                assert stat.S_IMODE((directory / name).stat().st_mode) == 0o600, name
+            with sdk(account) as client:
+                lab = Lab(account, client)  # type: ignore[arg-type]
+                address = str(lab.nodes[0].details.publicIpAddress)
+            # All listeners of the platform's process are on the loopback interface.
+            urls = {account.url, account.control_url}
+            assert _listening(account.pid) == {url.removeprefix("http://") for url in urls}
+            result = subprocess.run(
                 [
-                    "ssh", "-F", "none", "-o", "UserKnownHostsFile=/dev/null",
-                    "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes",
-                    "-o", f"PreferredAuthentications={method}",
-                    "-p", str(account.ssh_port), f"{account.ssh_user}@{address}", "true",
+                    _PYTHON, "-c", _ATTEMPT,
+                    account.url, account.control_url, address, str(account.ssh_port), str(directory),
+                    " ".join(names),
                 ],
-                user=stranger.pw_uid, group=stranger.pw_gid, extra_groups=[], cwd="/", text=True,
-                capture_output=True, timeout=60, check=False, stdin=subprocess.DEVNULL,
+                user=stranger.pw_uid, group=stranger.pw_gid, extra_groups=[], cwd="/", env={}, text=True,
+                capture_output=True, timeout=60, check=False,
             )  # fmt: skip
-            assert refused.returncode == 255, refused.stderr
-            assert "Permission denied (publickey)" in refused.stderr
-    finally:
-        elsewhere("stop")
-        shutil.rmtree(base)
+            assert result.returncode == 0, result.stderr
+            answers = json.loads(result.stdout)
+            assert answers["calls"] == [401] * 12 + [200] * 3
+            assert answers["post"] == [401, 401]
+            assert answers["control"] == [401] * 9
+            assert set(answers["files"]) == {"PermissionError"}
+            assert answers["ssh"] == "SSH-"
+            for method in ("password", "keyboard-interactive", "publickey"):
+                refused = subprocess.run(
+                    [
+                        "ssh", "-F", "none", "-o", "UserKnownHostsFile=/dev/null",
+                        "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes",
+                        "-o", f"PreferredAuthentications={method}",
+                        "-p", str(account.ssh_port), f"{account.ssh_user}@{address}", "true",
+                    ],
+                    user=stranger.pw_uid, group=stranger.pw_gid, extra_groups=[], cwd="/", text=True,
+                    capture_output=True, timeout=60, check=False, stdin=subprocess.DEVNULL,
+                )  # fmt: skip
+                assert refused.returncode == 255, refused.stderr
+                assert "Permission denied (publickey)" in refused.stderr
+        finally:
+            elsewhere("stop")
+            shutil.rmtree(base)
 
 
 def _listening(pid: int) -> set[str]:
