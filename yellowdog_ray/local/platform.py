@@ -37,7 +37,7 @@ from yellowdog_ray.local.webpage.access import web_link
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from yellowdog_ray.local.daemon import LocalAccount
+    from yellowdog_ray.local.account import LocalAccount
     from yellowdog_ray.local.events import Event
     from yellowdog_ray.local.history import History
     from yellowdog_ray.local.platform_faults import PlatformFaults
@@ -173,7 +173,7 @@ class LocalPlatform:
         :param name: its name.
         :raises LocalPlatformError: when it does not run.
         """
-        from yellowdog_ray.local.daemon import connect
+        from yellowdog_ray.local.launch import connect
 
         return connect(name)
 
