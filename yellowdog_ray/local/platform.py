@@ -29,8 +29,11 @@ from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
 from yellowdog_ray.local.cgroups import remove_all
+from yellowdog_ray.local.host import NODE_MEMORY, free_memory
+from yellowdog_ray.local.isolation import Isolation
 from yellowdog_ray.local.linux import processes_with, remove_tree
-from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, SSHIdentity, free_memory
+from yellowdog_ray.local.node_ssh import SSHIdentity
+from yellowdog_ray.local.nodes import LocalNodes
 from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.local.webpage.access import web_link
 
