@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from yellowdog_ray.errors import LocalPlatformError, WaitTimeoutError
-from yellowdog_ray.local.nodes import NODE_MEMORY, free_memory
+from yellowdog_ray.local.host import NODE_MEMORY, free_memory
 from yellowdog_ray.local.platform import LocalPlatform, require_linux
 from yellowdog_ray.raydog.builder import RayDogCluster
 from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels

@@ -42,8 +42,9 @@ from yellowdog_ray.cli import main
 from yellowdog_ray.errors import LocalPlatformError
 from yellowdog_ray.local import history
 from yellowdog_ray.local import platform as platform_module
-from yellowdog_ray.local.daemon import Home, LocalAccount
+from yellowdog_ray.local.account import LocalAccount
 from yellowdog_ray.local.history import WAS_KILLED, WAS_STOPPED
+from yellowdog_ray.local.home import Home
 from yellowdog_ray.local.linux import processes_with
 from yellowdog_ray.local.nodes import Isolation
 from yellowdog_ray.local.platform import Kept

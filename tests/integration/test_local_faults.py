@@ -87,7 +87,7 @@ def test_a_forked_process_does_not_end_the_platform() -> None:
             os._exit(0)
         os.waitpid(child, 0)
         assert Path(platform.ssh_private_key_file).exists()
-        assert platform._nodes._supervisor.poll() is None
+        assert platform._nodes._supervisor.process.poll() is None
 
 
 def test_a_forked_process_does_not_keep_the_platform() -> None:
@@ -114,7 +114,7 @@ def test_platforms_that_start_at_once(kind: Isolation) -> None:
         thread.join(60)
     try:
         assert {platform.isolation for platform in platforms} == {kind}
-        assert len({platform._nodes._prefix for platform in platforms}) == 3
+        assert len({platform._nodes._supervisor.prefix for platform in platforms}) == 3
     finally:
         for platform in platforms:
             platform.close()
@@ -132,7 +132,7 @@ def test_an_interrupted_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KeyboardInterrupt):
         platform.start()
     assert platform.leftovers() == []
-    monkeypatch.setattr(nodes_module, "_require_ssh", interrupt)
+    monkeypatch.setattr(nodes_module, "require_ssh", interrupt)
     before = set(Path("/tmp").glob("raydog-local-*"))
     with pytest.raises(KeyboardInterrupt):
         LocalPlatform().start()
@@ -160,7 +160,7 @@ def test_a_broken_sshd_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     tmp_path.chmod(0o755)
-    monkeypatch.setattr(nodes_module, "_find_sshd", lambda: str(broken))
+    monkeypatch.setattr(nodes_module, "find_sshd", lambda: str(broken))
     with LocalPlatform() as platform:
         assert "embedded" in platform.describe()
         assert str(broken) in platform.describe()
@@ -172,7 +172,7 @@ def test_a_user_without_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(uid: int) -> pwd.struct_passwd:
         raise KeyError(uid)
 
-    monkeypatch.setattr(nodes_module.pwd, "getpwuid", unknown)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
     with lab_on() as lab:
         assert lab.platform.ssh_user == f"uid{os.geteuid()}"
         result = lab.ssh(lab.nodes[0], "id -u")

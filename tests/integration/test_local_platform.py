@@ -34,9 +34,9 @@ from yellowdog_client.model import (
 from tests.browser import PageReader
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
-from yellowdog_ray.local import nodes as nodes_module
 from yellowdog_ray.local.isolation import LACKS, Isolation
 from yellowdog_ray.local.linux import processes_with
+from yellowdog_ray.local.node_ssh import find_sshd
 from yellowdog_ray.local.platform import NodeTemplate
 from yellowdog_ray.local.supervisor import NODE_FILES
 
@@ -150,7 +150,7 @@ def until(look: Callable[[], Any], timeout: float = 15) -> Any:
 )
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     kind, system_sshd = request.param
-    if system_sshd and not nodes_module._find_sshd():
+    if system_sshd and not find_sshd():
         pytest.skip("no sshd is installed")
     templates = {"local/node": NodeTemplate(ram=0.5)}
     with LocalPlatform(isolation=kind, system_sshd=system_sshd, templates=templates) as platform:
@@ -244,7 +244,7 @@ def test_a_node_can_do_all_but_what_is_said(lab: Lab, request: pytest.FixtureReq
     direct = node.details.privateIpAddress == node.details.publicIpAddress
     assert direct == ("direct-address" not in lacks)
     if system_sshd:
-        assert (lab.platform._nodes._sshd is None) == ("system-sshd" in lacks)
+        assert (lab.platform._nodes._supervisor.sshd is None) == ("system-sshd" in lacks)
 
 
 def test_what_a_kind_cannot_do_is_documented() -> None:
@@ -388,7 +388,7 @@ while client.work_client.get_task_by_id(task.id).status != TaskStatus.EXECUTING:
     time.sleep(0.05)
 time.sleep(0.3)
 nodes = platform._nodes
-made = [str(nodes._directory), nodes._interface or "-", nodes._supervisor.pid, nodes.groups.left()]
+made = [str(nodes._directory), nodes.interface or "-", nodes._supervisor.process.pid, nodes.groups.left()]
 print(json.dumps(made), flush=True)
 time.sleep(1000)
 """

@@ -18,9 +18,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import LocalPlatformError, SpecError
-from yellowdog_ray.local.daemon import Home, Options, _make
+from yellowdog_ray.local.daemon import Options, _make
+from yellowdog_ray.local.home import Home
 from yellowdog_ray.local.linux import write_private
-from yellowdog_ray.local.nodes import SSHIdentity
+from yellowdog_ray.local.node_ssh import SSHIdentity
 from yellowdog_ray.local.platform import Kept, NodeTemplate, bind_loopback
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the local platform needs Linux")

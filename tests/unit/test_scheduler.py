@@ -26,7 +26,8 @@ from yellowdog_ray.local.events import (
     TaskNotStarted,
     TaskStarted,
 )
-from yellowdog_ray.local.intake import read_group, read_pool, read_task, read_usage, seconds
+from yellowdog_ray.local.fields import seconds
+from yellowdog_ray.local.intake import read_group, read_pool, read_task, read_usage
 from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions
 from yellowdog_ray.local.wire import duration
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from yellowdog_ray.cli.output import Output
 from yellowdog_ray.errors import RayDogError, SpecError
 
 if TYPE_CHECKING:
-    from yellowdog_ray.local.daemon import Home, LocalAccount
+    from yellowdog_ray.local.account import LocalAccount
+    from yellowdog_ray.local.home import Home
     from yellowdog_ray.local.platform import NodeTemplate
 
 __all__ = ["run"]
@@ -33,7 +35,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
         "stop": _stop,
     }
     try:
-        from yellowdog_ray.local.daemon import Home
+        from yellowdog_ray.local.home import Home
 
         status = commands[options.local_command](Home(options.name), options, output)
     except (RayDogError, OSError) as error:
@@ -44,7 +46,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
 
 
 def _start(home: Home, options: argparse.Namespace, output: Output) -> int:
-    from yellowdog_ray.local import daemon
+    from yellowdog_ray.local import daemon, launch
 
     wish = daemon.Options(
         port=options.port,
@@ -59,16 +61,16 @@ def _start(home: Home, options: argparse.Namespace, output: Output) -> int:
         account = home.account()
         if account is None:
             daemon.set_up_log()
-            daemon.tidy(home)
+            launch.tidy(home)
             daemon.serve(home, wish, lambda account: _write_account(account, output, quiet))
             return DONE
         was_running = True
     else:
         with _ended_by_signals():
-            account, was_running = daemon.start(home, wish)
+            account, was_running = launch.start(home, wish)
     if was_running:
         output.complain(
-            f"the local platform {home.name!r} is running already, since {daemon.since(account.started)}"
+            f"the local platform {home.name!r} is running already, since {_since(account.started)}"
         )
         if wish != daemon.Options():
             output.complain("it goes on as it is: stop it, and give the options when you start it again")
@@ -114,11 +116,11 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _status(home: Home, options: argparse.Namespace, output: Output) -> int:
-    from yellowdog_ray.local import daemon
+    from yellowdog_ray.local import launch
 
     account = home.account()
     if account is None:
-        left = daemon.tidy(home)
+        left = launch.tidy(home)
         if output.as_json:
             output.finish({"name": home.name, "running": False, "left": left})
         else:
@@ -132,7 +134,7 @@ def _status(home: Home, options: argparse.Namespace, output: Output) -> int:
         output.finish({**_about(account, options.exports), "files": str(home.directory), "counts": counts})
         return DONE
     lines = [
-        f"{home.name}: running at {account.url} since {daemon.since(account.started)}, process {account.pid}",
+        f"{home.name}: running at {account.url} since {_since(account.started)}, process {account.pid}",
         f"  {account.description}",
         *(f"  {what.replace('_', ' ')}: {_counted(statuses)}" for what, statuses in counts.items()),
         f"  files: {home.directory}",
@@ -142,14 +144,19 @@ def _status(home: Home, options: argparse.Namespace, output: Output) -> int:
     return DONE
 
 
+def _since(when: float) -> str:
+    """Write a time as a person reads it."""
+    return datetime.fromtimestamp(when, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
 def _counted(statuses: dict[str, int]) -> str:
     return ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())) or "none"
 
 
 def _stop(home: Home, options: argparse.Namespace, output: Output) -> int:
-    from yellowdog_ray.local import daemon
+    from yellowdog_ray.local import launch
 
-    pid = daemon.stop(home)
+    pid = launch.stop(home)
     if output.as_json:
         output.finish({"name": home.name, "stopped": pid is not None})
     elif pid is None:

@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from yellowdog_ray.local.account import LocalAccount
     from yellowdog_ray.local.control_plane import LocalControlPlane
-    from yellowdog_ray.local.daemon import LocalAccount
     from yellowdog_ray.local.faults import Fault
     from yellowdog_ray.local.platform import LocalPlatform, NodeTemplate
     from yellowdog_ray.local.platform_faults import PlatformFaults
@@ -23,7 +23,7 @@ __all__ = [
 
 _HOMES = {
     "Fault": "faults",
-    "LocalAccount": "daemon",
+    "LocalAccount": "account",
     "LocalControlPlane": "control_plane",
     "LocalPlatform": "platform",
     "NodeTemplate": "platform",

@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from yellowdog_ray.local import api_compute, api_pools, api_work, wire
 from yellowdog_ray.local.asks import RefusedError
-from yellowdog_ray.local.intake import Fields, check_name
+from yellowdog_ray.local.fields import Fields, check_name
 from yellowdog_ray.local.vocabulary import SORT_NAMESPACES
 from yellowdog_ray.local.web import Action, Call, Core, Gate, handler, on_http_exception
 

@@ -8,7 +8,8 @@ from typing import Any
 from yellowdog_ray.local import wire
 from yellowdog_ray.local.asks import RefusedError, Template
 from yellowdog_ray.local.entities import ComputeRequirement, Instance
-from yellowdog_ray.local.intake import MAX_NODES, Fields, read_auto_shutdown, read_usage
+from yellowdog_ray.local.fields import MAX_NODES, Fields
+from yellowdog_ray.local.intake import read_auto_shutdown, read_usage
 from yellowdog_ray.local.vocabulary import (
     COMPUTE_STATUSES,
     INSTANCE_STATUSES,

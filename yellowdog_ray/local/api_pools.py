@@ -8,7 +8,8 @@ from typing import Any
 from yellowdog_ray.local import wire
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.entities import Node, Pool
-from yellowdog_ray.local.intake import Fields, read_pool, read_usage
+from yellowdog_ray.local.fields import Fields
+from yellowdog_ray.local.intake import read_pool, read_usage
 from yellowdog_ray.local.vocabulary import (
     NODE_STATUSES,
     POOL_STATUSES,

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from yellowdog_ray.local.asks import AutoShutdown, PoolSpec, RefusedError, Template, Usage
 from yellowdog_ray.local.entities import ComputeRequirement, Instance, Node, Pool, Shape, Worker
+from yellowdog_ray.local.fields import MAX_NODES
 from yellowdog_ray.local.fleet import Fleet
-from yellowdog_ray.local.intake import MAX_NODES
 
 __all__ = ["Machines", "find"]
 

@@ -1,4 +1,4 @@
-"""Nodes on this machine: what each is made of, and the backend that makes them.
+"""Nodes on this machine: the backend that makes them.
 
 Of three kinds, the best that the machine allows (:mod:`yellowdog_ray.local.isolation`). The work is done
 by a supervisor process (:mod:`yellowdog_ray.local.supervisor`); this side asks it, and turns its answers into
@@ -9,15 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import pwd
-import random
-import select
-import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -42,66 +35,16 @@ from yellowdog_ray.local.events import (
     TaskNotStarted,
     TaskStarted,
 )
+from yellowdog_ray.local.host import FIRST_NUMBER, LAST_NUMBER, NODE_MEMORY, free_memory, listen
 from yellowdog_ray.local.isolation import Isolation
-from yellowdog_ray.local.process_node import (
-    import_path,
-    mirror_environment,
-    program_directories,
-    write_plain_environment,
-)
-from yellowdog_ray.local.protocol import Channel, Closed
-from yellowdog_ray.local.supervisor import AGENT_HOME, NODE_FILES, Settings
+from yellowdog_ray.local.node_files import node_environment, this_user, write_node_files
+from yellowdog_ray.local.node_ssh import SSHIdentity, SSHServerError, find_sshd, require_ssh
+from yellowdog_ray.local.protocol import Closed
+from yellowdog_ray.local.supervision import Supervision
 
-__all__ = ["NODE_MEMORY", "Isolation", "LocalNodes", "SSHIdentity", "free_memory"]
+__all__ = ["Isolation", "LocalNodes"]
 
-NODE_MEMORY = 450 << 20
-"""Bytes of memory that a Ray node needs at the least (measured: about 400 MB with Ray 2.60)."""
-_START_TIMEOUT = 20.0
 _OUTPUT_BYTES = 65_536
-_FIRST_NUMBER, _LAST_NUMBER = 10, 250
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-class SSHIdentity:
-    """The keys of a platform: one that opens its nodes, and one by which its nodes are known.
-
-    :param directory: the directory for the key files, which only this user may read. Keys that are in it
-        already are used again.
-    :raises LocalPlatformError: when a file there is no key that can be used.
-    :raises OSError: with the file's name, when one cannot be read or written.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.private_key_file = directory / "id_ed25519"
-        self.host_key_file = directory / "host_key"
-        self.public_key = _make_key(self.private_key_file)
-        self.host_key = _make_key(self.host_key_file)
-
-
-def _make_key(path: Path) -> str:
-    """Return the public key of a private key file, which is made where there is none."""
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    try:
-        # Whoever has put it there may have let others read it; sshd would refuse it too.
-        path.chmod(0o600)
-        key = serialization.load_ssh_private_key(path.read_bytes(), None)
-    except FileNotFoundError:
-        key = Ed25519PrivateKey.generate()
-        private = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-        )
-        linux.write_private(path, private)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        # A key with a passphrase is a TypeError.
-        raise LocalPlatformError(
-            f"{path} is no SSH key that can be used without a passphrase ({error}): remove it, and start "
-            "again; a new one is made"
-        ) from error
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    return public.decode()
 
 
 class LocalNodes:
@@ -129,19 +72,18 @@ class LocalNodes:
         self._directory, self._lock = directory, lock
         self.groups = _groups(directory, limits)
         self.ssh = ssh or SSHIdentity(directory)
-        self.user, self._group = _user()
+        self._user = this_user()
         self._on_event: Callable[[Event], None] = lambda event: None
         self._ids: dict[str, str] = {}
-        self._last_number = _FIRST_NUMBER
+        self._last_number = FIRST_NUMBER
         self._requests: dict[str, StartNode] = {}
         self._started: dict[str, float] = {}
         self._stopping: set[str] = set()
         self._losing: dict[str, str] = {}
         self._listeners: dict[str, socket.socket] = {}
-        self._supervisor: subprocess.Popen[bytes] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.refusals: list[str] = []
-        found = _find_sshd() if system_sshd else None
+        found = find_sshd() if system_sshd else None
         servers = [found, None] if found else [None]
         for kind in [isolation] if isolation else _candidates():
             # The system's server would take a plain process to the user's home, and its terminals need a
@@ -149,7 +91,7 @@ class LocalNodes:
             for sshd in servers if kind is not Isolation.PROCESSES else [None]:
                 try:
                     self._start_supervisor(kind, sshd)
-                except _SSHServerError as error:
+                except SSHServerError as error:
                     self.refusals.append(f"{sshd or 'embedded SSH server'}: {error}")
                 except LocalPlatformError as error:
                     self.refusals.append(f"{kind.value}: {error}")
@@ -160,115 +102,55 @@ class LocalNodes:
         raise LocalPlatformError("no node can be made on this machine: " + "; ".join(self.refusals))
 
     @property
+    def user(self) -> str:
+        """The name of the user whom tasks run as."""
+        return self._user.name
+
+    @property
     def ssh_port(self) -> int:
         """The port of the nodes' SSH servers, at their public addresses."""
-        return self._ssh_port
+        return self._supervisor.ssh_port
 
     @property
     def interface(self) -> str:
         """The interface of this machine to the nodes; empty where there is none."""
-        return self._interface
+        return self._supervisor.interface
 
     @property
     def works(self) -> bool:
         """Whether nodes can be made: not once the process that owns them was killed."""
-        return self._supervisor is not None and self._supervisor.poll() is None
+        return self._supervisor.works
 
     @property
     def ssh_server(self) -> str:
         """What the nodes' SSH server is."""
-        return self._sshd or "embedded (asyncssh)"
+        return self._supervisor.sshd or "embedded (asyncssh)"
 
     # Start and end
 
     def _start_supervisor(self, isolation: Isolation, sshd: str | None) -> None:
-        self._kind, self._sshd = isolation, sshd
-        self._claim, self._prefix, self._interface = _free_network(isolation)
-        ours, theirs = socket.socketpair()
-        self._channel = Channel(ours)
+        self._kind = isolation
+        self._supervisor = Supervision(self._directory, isolation, sshd, user=self.user, lock=self._lock)
+        self._channel = self._supervisor.channel
         try:
-            self._ssh_port = 22 if isolation is Isolation.NAMESPACES else _free_ssh_port(self._prefix)
-            settings = Settings(
-                isolation=isolation.value,
-                directory=str(self._directory),
-                prefix=self._prefix,
-                interface=self._interface,
-                keep=_environment_below_tmp(),
-                sshd=self._sshd,
-                user=self.user,
-                ssh_port=self._ssh_port,
-            )
-            with theirs:
-                self._supervisor = subprocess.Popen(
-                    [
-                        sys.executable, "-m", "yellowdog_ray.local.supervisor",
-                        str(theirs.fileno()), str(self._lock), json.dumps(asdict(settings)), str(os.getpid()),
-                    ],
-                    pass_fds=[theirs.fileno(), self._lock],
-                    stdin=subprocess.DEVNULL,
-                    cwd="/",
-                    # Ctrl-C in a terminal is for the owner, which then ends the nodes.
-                    start_new_session=True,
-                    # Nothing of the user's environment, which may hold keys, goes further than this process.
-                    env={"PATH": _PATH, "LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(import_path())},
-                )  # fmt: skip
-            self._expect("ready")
+            self._supervisor.start()
             self._probe()
         except BaseException as error:
-            self._end_supervisor()
-            linux.remove_tree(self._directory / _node_id(_FIRST_NUMBER))
+            self.close()
+            linux.remove_tree(self._directory / _node_id(FIRST_NUMBER))
             if isinstance(error, OSError):
                 raise LocalPlatformError(str(error)) from error
             raise
 
-    def _end_supervisor(self) -> None:
-        """End the supervisor and with it every node, and wait until nothing of them is left."""
-        self._channel.hang_up()
-        for node_id in list(self._listeners):
-            self._close_listener(node_id)
-        if self._supervisor is not None:
-            try:
-                self._supervisor.wait(timeout=_START_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                self._supervisor.kill()
-                self._supervisor.wait()
-        # With plain processes and a supervisor that was killed, nobody else has ended them.
-        for pid in linux.processes_with(NODE_FILES, str(self._directory)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        # The kernel takes a network namespace apart a moment after its last process.
-        deadline = time.monotonic() + 5
-        while self._interface and _has_interface(self._interface) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self.groups.remove_left()
-        self._claim.close()
-
-    def _expect(self, event: str) -> dict[str, Any]:
-        deadline = time.monotonic() + _START_TIMEOUT
-        while True:
-            if not select.select([self._channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise LocalPlatformError(
-                    f"the node supervisor did not say {event!r} in {_START_TIMEOUT:.0f} s"
-                )
-            try:
-                messages = self._channel.receive()
-            except Closed:
-                raise LocalPlatformError("the node supervisor ended at its start") from None
-            for message in messages:
-                if message["event"] == event:
-                    return message
-                if message["event"] == "failed":
-                    raise LocalPlatformError(message["reason"])
-
     def _probe(self) -> None:
         """Make a node and end it, to know that this kind works here before anybody relies on it."""
-        self._send_start(StartNode("probe", "probe", "", "", "", 1, 1), _FIRST_NUMBER)
-        self._expect("registered")
-        _require_ssh(self._host_address(_FIRST_NUMBER), self._ssh_port)
-        self._channel.send({"op": "stop", "id": _node_id(_FIRST_NUMBER)})
-        self._expect("gone")
-        self.groups.remove(_node_id(_FIRST_NUMBER))
-        self._close_listener(_node_id(_FIRST_NUMBER))
+        self._send_start(StartNode("probe", "probe", "", "", "", 1, 1), FIRST_NUMBER)
+        self._supervisor.expect("registered")
+        require_ssh(self._supervisor.host_address(FIRST_NUMBER), self._supervisor.ssh_port)
+        self._channel.send({"op": "stop", "id": _node_id(FIRST_NUMBER)})
+        self._supervisor.expect("gone")
+        self.groups.remove(_node_id(FIRST_NUMBER))
+        self._close_listener(_node_id(FIRST_NUMBER))
 
     def serve(self, loop: asyncio.AbstractEventLoop, on_event: Callable[[Event], None]) -> None:
         """Deliver the machines' events on an event loop from now on."""
@@ -285,7 +167,10 @@ class LocalNodes:
 
     def close(self) -> None:
         """End every node and wait until nothing of them is left; the directory is not removed here."""
-        self._end_supervisor()
+        for node_id in list(self._listeners):
+            self._close_listener(node_id)
+        self._supervisor.end()
+        self.groups.remove_left()
 
     def instances(self) -> list[str]:
         """List the instances whose nodes exist."""
@@ -293,11 +178,7 @@ class LocalNodes:
 
     def leftovers(self) -> list[str]:
         """List what of the nodes and their supervisor is left: processes, an interface, the directory."""
-        found = [f"process {pid}" for pid in linux.processes_with(NODE_FILES, str(self._directory))]
-        if self._supervisor is not None and self._supervisor.poll() is None:
-            found.append(f"supervisor {self._supervisor.pid}")
-        if self._interface and _has_interface(self._interface):
-            found.append(f"network interface {self._interface}")
+        found = self._supervisor.leftovers()
         found += [f"control group {path}" for path in self.groups.left()]
         if self._directory.exists():
             found.append(f"directory {self._directory}")
@@ -337,8 +218,10 @@ class LocalNodes:
 
     def _send_start(self, request: StartNode, number: int) -> None:
         node_id = _node_id(number)
-        private_ip = f"{self._prefix}.{number}"
-        self._write_node_files(node_id, request, private_ip)
+        private_ip = self._supervisor.address(number)
+        write_node_files(
+            self._directory / node_id, self._kind, request.hostname, private_ip, self._user, self.ssh
+        )
         # What the default scripts tell Ray. It knows whole CPUs only, and needs some memory.
         vcpus, memory = max(1, int(request.vcpus)), max(NODE_MEMORY, int(request.ram * (1 << 30)))
         group = self.groups.make(node_id, memory, request.vcpus)
@@ -346,7 +229,7 @@ class LocalNodes:
         if self._kind is Isolation.USER_NAMESPACES:
             # A socket stays in the network namespace that it was made in: this one is reached from this
             # machine although the process that accepts on it lives in the node.
-            listener = _listen(self._host_address(number), self._ssh_port)
+            listener = listen(self._supervisor.host_address(number), self._supervisor.ssh_port)
             self._listeners[node_id] = listener
             fds = [listener.fileno()]
         self._channel.send(
@@ -358,22 +241,9 @@ class LocalNodes:
                 "python": sys.executable,
                 "group": asdict(group),
                 "memory": memory,
-                "environment": {
-                    "PATH": _PATH,
-                    "LANG": "C.UTF-8",
-                    "SHELL": "/bin/bash",
-                    "USER": self.user,
-                    "LOGNAME": self.user,
-                    "YD_PROVIDER": request.provider,
-                    "YD_REGION": request.region,
-                    "YD_INSTANCE_TYPE": request.instance_type,
-                    "YD_INSTANCE_ID": request.instance_id,
-                    "RAYDOG_NODE_VCPUS": str(vcpus),
-                    "RAYDOG_NODE_MEMORY": str(memory),
-                    # Known by this, whatever becomes of their parents.
-                    NODE_FILES: f"{self._directory}/{node_id}",
-                    **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
-                },
+                "environment": node_environment(
+                    self._directory / node_id, request, self._user, vcpus, memory
+                ),
             },
             fds,
         )
@@ -429,19 +299,13 @@ class LocalNodes:
     def _free_number(self) -> int:
         # An address is not used again soon: the kernel takes a node's network apart after the node is gone.
         taken = set(self._ids.values())
-        for _ in range(_FIRST_NUMBER, _LAST_NUMBER + 1):
-            self._last_number = self._last_number + 1 if self._last_number < _LAST_NUMBER else _FIRST_NUMBER
+        for _ in range(FIRST_NUMBER, LAST_NUMBER + 1):
+            self._last_number = self._last_number + 1 if self._last_number < LAST_NUMBER else FIRST_NUMBER
             if _node_id(self._last_number) not in taken:
                 return self._last_number
         raise LocalPlatformError(
-            f"all {_LAST_NUMBER - _FIRST_NUMBER + 1} addresses of the local platform are taken"
+            f"all {LAST_NUMBER - FIRST_NUMBER + 1} addresses of the local platform are taken"
         )
-
-    def _host_address(self, number: int) -> str:
-        """Tell the address at which this machine reaches a node."""
-        if self._kind is Isolation.USER_NAMESPACES:
-            return f"127.{self._prefix.partition('.')[2]}.{number}"
-        return f"{self._prefix}.{number}"
 
     def _close_listener(self, node_id: str) -> None:
         listener = self._listeners.pop(node_id, None)
@@ -479,8 +343,8 @@ class LocalNodes:
                 NodeRegistered(
                     request.instance_id,
                     request.hostname,
-                    f"{self._prefix}.{number}",
-                    self._host_address(number),
+                    self._supervisor.address(number),
+                    self._supervisor.host_address(number),
                     request.vcpus,
                     request.ram,
                 )
@@ -514,97 +378,6 @@ class LocalNodes:
         for node_id, request in list(self._requests.items()):
             self._forget(node_id)
             self._on_event(NodeLost(request.instance_id, reason))
-
-    # What a node is made of
-
-    def _write_node_files(self, node_id: str, request: StartNode, private_ip: str) -> None:
-        root = self._directory / node_id
-        home = root / "agent"
-        for directory in (home / "ssh", root / "data", root / "tmp", root / "etc"):
-            directory.mkdir(parents=True, mode=0o700)
-        (root / "tmp").chmod(0o1777)
-        namespaced = self._kind is not Isolation.PROCESSES
-        seen_home = AGENT_HOME if namespaced else str(home)
-        if namespaced:
-            _link_environment(home / "venv")
-            self._write_host_files(root / "etc", request.hostname, private_ip)
-        else:
-            write_plain_environment(home / "venv", private_ip, root / "tmp")
-        shutil.copyfile(self.ssh.host_key_file, home / "ssh" / "host_key")
-        (home / "ssh" / "host_key").chmod(0o600)
-        (home / "ssh" / "authorized_keys").write_text(self.ssh.public_key + "\n")
-        users = f"{self.user} yd-agent" if namespaced else self.user
-        (home / "ssh" / "sshd_config").write_text(_SSHD_CONFIG.format(home=seen_home, users=users))
-
-    def _write_host_files(self, etc: Path, hostname: str, private_ip: str) -> None:
-        # Ray finds its node's address by the host's name where no route leads out of the node.
-        (etc / "hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n{private_ip} {hostname}\n")
-        (etc / "hostname").write_text(f"{hostname}\n")
-        # No name server can be reached from a node; asking one would only cost time.
-        (etc / "resolv.conf").write_text("# The nodes of a local platform have no name server.\n")
-        # The user's home in a node is the agent's. Scripts in the field log in as yd-agent: the same user.
-        uid = os.geteuid()
-        users = [(name, uid, self._group, AGENT_HOME, "/bin/bash") for name in (self.user, "yd-agent")]
-        for entry in pwd.getpwall():
-            if entry.pw_uid != uid and entry.pw_name != "yd-agent":
-                users.append((entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, entry.pw_shell))
-        lines = [f"{name}:x:{number}:{group}::{home}:{shell}\n" for name, number, group, home, shell in users]
-        (etc / "passwd").write_text("".join(lines))
-        # sshd lets nobody in whose password is locked, as root's often is; here nobody has one.
-        (etc / "shadow").write_text("".join(f"{user[0]}:*:19000:0:99999:7:::\n" for user in users))
-        if self._kind is Isolation.USER_NAMESPACES:
-            (etc / "group").write_text(f"{self.user}:x:{self._group}:\n")
-        for file in etc.iterdir():
-            file.chmod(0o600 if file.name == "shadow" else 0o644)
-
-
-_SSHD_CONFIG = """\
-HostKey {home}/ssh/host_key
-AuthorizedKeysFile {home}/ssh/authorized_keys
-AllowUsers {users}
-PermitRootLogin prohibit-password
-PubkeyAuthentication yes
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-UsePAM no
-# The directories above the keys belong to whoever started the platform, or to nobody in a user namespace.
-StrictModes no
-UseDNS no
-PrintMotd no
-PrintLastLog no
-PidFile none
-LoginGraceTime 20
-MaxSessions 100
-AcceptEnv LANG LC_* RAY_*
-Subsystem sftp internal-sftp
-"""
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that are free for new processes here, a container's limit included."""
-    free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) << 10
-    for limit, used, statistics, cached in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
-        group = Path("/sys/fs/cgroup")
-        # No limit is no number ("max").
-        with contextlib.suppress(OSError, ValueError):
-            room = int((group / limit).read_text()) - int((group / used).read_text())
-            for line in (group / statistics).read_text().splitlines():
-                if line.startswith(f"{cached} "):
-                    # What is kept of files that were read counts as used, and gives way.
-                    room += int(line.split()[1])
-            free = min(free, room)
-    return free
 
 
 def _exited(message: dict[str, Any]) -> TaskExited:
@@ -648,107 +421,3 @@ def _candidates() -> list[Isolation]:
 def _node_id(number: int) -> str:
     """Name a node for its supervisor and its directory; Ray's socket names leave no room for more."""
     return f"n{number}"
-
-
-def _user() -> tuple[str, int]:
-    """Return the name and the group of this user, who may have no entry, as in some containers."""
-    try:
-        entry = pwd.getpwuid(os.geteuid())
-    except KeyError:
-        return f"uid{os.geteuid()}", os.getegid()
-    return entry.pw_name, entry.pw_gid
-
-
-def _find_sshd() -> str | None:
-    for path in (shutil.which("sshd"), "/usr/sbin/sshd", "/usr/local/sbin/sshd"):
-        if path and os.access(path, os.X_OK):
-            return path
-    return None
-
-
-def _link_environment(place: Path) -> None:
-    """Show the Python environment that the platform was started from as the agent's ``venv``."""
-    if Path(sys.prefix, "bin", "activate").exists():
-        place.symlink_to(sys.prefix)
-    else:
-        mirror_environment(place)
-
-
-def _environment_below_tmp() -> list[str]:
-    """List the directories of this Python environment that a node's own ``/tmp`` would hide."""
-    places = (sys.prefix, sys.base_prefix, *import_path(), *(str(path) for path in program_directories()))
-    wanted = {os.path.realpath(path) for path in places}
-    below = sorted(path for path in wanted if path.startswith("/tmp/") and os.path.isdir(path))  # noqa: S108
-    return [path for path in below if not any(path.startswith(f"{other}/") for other in below)]
-
-
-def _free_network(isolation: Isolation) -> tuple[socket.socket, str, str]:
-    """Choose a network for the nodes that nobody uses.
-
-    :returns: a socket that claims it for as long as it is open, the network's first three numbers and the
-        name of this machine's interface on it.
-    """
-    numbers = random.sample(range(256), 256)
-    routes = Path("/proc/net/route").read_text()
-    interfaces = os.listdir("/sys/class/net")
-    for number in numbers:
-        claim = socket.socket(socket.AF_UNIX)
-        try:
-            # A name in the abstract name space can be had once, and is free when its process ends.
-            claim.bind(f"\0raydog-network-{number}")
-            if isolation is not Isolation.NAMESPACES:
-                _listen(f"127.213.{number}.1", 0).close()
-        except OSError:
-            claim.close()
-            continue
-        # Routes list their network as a little-endian hexadecimal number.
-        taken = f"\t00{number:02X}D50A\t" in routes or f"raydog{number}" in interfaces
-        if isolation is Isolation.NAMESPACES and taken:
-            claim.close()
-            continue
-        first = "127" if isolation is Isolation.PROCESSES else "10"
-        interface = f"raydog{number}" if isolation is Isolation.NAMESPACES else ""
-        return claim, f"{first}.213.{number}", interface
-    raise LocalPlatformError("none of the networks 10.213.x.0/24 and 127.213.x.0/24 is free on this machine")
-
-
-def _free_ssh_port(prefix: str) -> int:
-    address = f"127.{prefix.partition('.')[2]}.{_LAST_NUMBER + 1}"
-    for port in (2222, 22022, 0):
-        with contextlib.suppress(OSError), _listen(address, port) as listener:
-            return int(listener.getsockname()[1])
-    raise LocalPlatformError(f"no port is free on {address} for the nodes' SSH servers")
-
-
-def _has_interface(name: str) -> bool:
-    return Path("/sys/class/net", name).exists()
-
-
-class _SSHServerError(LocalPlatformError):
-    """A node is there, but its SSH server does not speak."""
-
-
-def _require_ssh(address: str, port: int) -> None:
-    """Wait for the first words of a node's SSH server.
-
-    :raises _SSHServerError: when they do not come.
-    """
-    try:
-        with socket.create_connection((address, port), timeout=10) as connection:
-            greeting = connection.recv(64)
-    except OSError as error:
-        raise _SSHServerError(f"no answer on {address}:{port} ({error})") from error
-    if not greeting.startswith(b"SSH-"):
-        raise _SSHServerError("it ends as soon as somebody connects")
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((address, port))
-        listener.listen(128)
-    except OSError:
-        listener.close()
-        raise
-    return listener

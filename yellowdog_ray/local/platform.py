@@ -29,15 +29,18 @@ from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
 from yellowdog_ray.local.cgroups import remove_all
+from yellowdog_ray.local.host import NODE_MEMORY, free_memory
+from yellowdog_ray.local.isolation import Isolation
 from yellowdog_ray.local.linux import processes_with, remove_tree
-from yellowdog_ray.local.nodes import NODE_MEMORY, Isolation, LocalNodes, SSHIdentity, free_memory
+from yellowdog_ray.local.node_ssh import SSHIdentity
+from yellowdog_ray.local.nodes import LocalNodes
 from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.local.webpage.access import web_link
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from yellowdog_ray.local.daemon import LocalAccount
+    from yellowdog_ray.local.account import LocalAccount
     from yellowdog_ray.local.events import Event
     from yellowdog_ray.local.history import History
     from yellowdog_ray.local.platform_faults import PlatformFaults
@@ -173,7 +176,7 @@ class LocalPlatform:
         :param name: its name.
         :raises LocalPlatformError: when it does not run.
         """
-        from yellowdog_ray.local.daemon import connect
+        from yellowdog_ray.local.launch import connect
 
         return connect(name)
 

@@ -9,9 +9,10 @@ from yellowdog_ray.local.asks import GroupSpec, RefusedError, TaskSpec
 from yellowdog_ray.local.engine import Engine, SchedulerOptions
 from yellowdog_ray.local.entities import Task, TaskError, TaskGroup, Worker, WorkRequirement
 from yellowdog_ray.local.events import AbortTask
-from yellowdog_ray.local.intake import MAX_GROUPS, matches_deprecated, selects
+from yellowdog_ray.local.fields import MAX_GROUPS
 from yellowdog_ray.local.lifecycle import GROUP_NEXT, TASK_NEXT, WORK_NEXT, illegal
 from yellowdog_ray.local.machines import find
+from yellowdog_ray.local.selections import matches_deprecated, selects
 
 __all__ = ["Work"]
 
