@@ -19,7 +19,7 @@ import paramiko
 
 from yellowdog_ray.errors import SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.hostkeys import HostKey, HostKeys
-from yellowdog_ray.utils._ssh.keys import NamedKey, keys_to_try
+from yellowdog_ray.utils._ssh.keys import MOST_KEYS, NamedKey, keys_to_try
 from yellowdog_ray.utils._ssh.route import Hop, Login, bracketed, route
 
 __all__ = ["CONNECT_TIMEOUT", "Cancel", "Connection", "Connector", "quiet_log"]
@@ -138,6 +138,7 @@ class Connector:
             target.where: keys_to_try(login.key_file, login.key_password, login.password, target.identities)
         }
         for hop in self._way[:-1]:
+            self.host_keys.pass_through(hop.key_name, hop.port)
             named = [] if hop.identities else self._keys[target.where]
             self._keys.setdefault(hop.where, named or keys_to_try(None, None, None, hop.identities))
         return len(self._way) == 1 and target.command is None
@@ -374,6 +375,7 @@ def log_in(
     """Log in with one of the keys and then, if they are refused, with the password if there is one.
 
     :param where: the server's name, for messages.
+    :param keys: of many, only the first ones are tried: servers hang up.
     :param refused: what was refused over earlier connections, one for each attempt; what is refused now is
         added.
     :returns: the key that was accepted; None where it was the password.
@@ -382,7 +384,7 @@ def log_in(
     :raises TunnelError: where neither is accepted; the transport is left to the caller.
     """
     attempts: list[tuple[str, NamedKey | None, Callable[[], Sequence[str]]]] = []
-    for key, origin in keys:
+    for key, origin in keys[:MOST_KEYS]:
         named = f"the key {origin} ({HostKey(key.get_name(), key.asbytes())})"
         attempts.append((named, (key, origin), partial(transport.auth_publickey, user, key)))
     if password:
@@ -404,7 +406,13 @@ def log_in(
             if not missing:
                 return key_there
             refused.append(f"{what} alone (the server also wants {', '.join(missing)})")
+    more = len(keys) - MOST_KEYS
+    untried = (
+        f"{more} more {'key was' if more == 1 else 'keys were'} not tried; name one with private_key_file. "
+        if more > 0
+        else ""
+    )
     raise SSHLoginError(
-        f"{where} does not let user {user!r} in with {' or '.join(refused)}. Is this the right user for the "
-        "node's image, and is the public key among its authorized_keys?"
+        f"{where} does not let user {user!r} in with {' or '.join(refused)}. {untried}Is this the right user "
+        "for the node's image, and is the public key among its authorized_keys?"
     )
