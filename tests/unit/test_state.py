@@ -161,7 +161,7 @@ def test_addresses_are_addresses(tmp_path, address):
     head = {"name": "a-00-head", "role": "head", "group": "head-node", "internal_name": "h", "node_count": 1}
     values = {"cluster_name": "aa", "cluster_namespace": "bb", "work_requirement_id": None}
     path = tmp_path / "state.json"
-    for public_ip in (None, "192.0.2.1", "2001:db8::1"):
+    for public_ip in (None, "", "192.0.2.1", "2001:db8::1"):
         pools = [{**head, "public_ip": public_ip}]
         path.write_text(json.dumps({**values, "worker_pool_ids": [], "pools": pools}))
         assert ClusterState.load(path).pools[0].public_ip == public_ip

@@ -46,7 +46,8 @@ def _address(value: str) -> str:
     # What ssh is told to connect to, and what a ProxyCommand may get: a scope id could be any text.
     if "%" in value:
         raise ValueError("an address has no scope id here")
-    ipaddress.ip_address(value)
+    if value:  # of a node that has none, some platforms say nothing
+        ipaddress.ip_address(value)
     return value
 
 
