@@ -276,7 +276,7 @@ class Reach:
         try:
             data = json.loads(body)["data"]
             return HeadVersions(str(data["rayVersion"]), str(data["pythonVersion"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             # An older Ray, or another one.
             log.debug("the head does not tell its versions: %s", excerpt(status, body))
             return HeadVersions(None, None)
@@ -353,7 +353,7 @@ class Reach:
             if status != 200:
                 raise ValueError
             return [_node(entry) for entry in json.loads(body)["data"]["result"]["result"]]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ClusterStateError(
                 f"Ray's dashboard on the head does not list the nodes: {excerpt(status, body)}"
             ) from error
