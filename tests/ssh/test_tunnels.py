@@ -549,6 +549,27 @@ def test_settings_that_would_break_openssh(
         tunnels_to(server, spec, known_hosts=tmp_path / 'a"b', **odd).start_tunnels()
 
 
+@pytest.mark.sshd
+def test_who_is_recorded_where(
+    ssh_server: SshServer, tmp_path: Path, echo: int, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's key goes into the record that is given, that of a bastion into the common one."""
+    monkeypatch.setenv("RAYDOG_STATE_DIR", str(tmp_path / "states"))
+    directory = tmp_path / "bastion"
+    directory.mkdir()
+    for name in ("user", "user.pub"):
+        (directory / name).write_bytes((ssh_server.directory / name).read_bytes())
+        (directory / name).chmod(0o600)
+    with system_sshd(directory) as bastion:
+        spec, record = to(echo), tmp_path / "record"
+        jump = f"{bastion.user}@127.0.0.1:{bastion.port}"
+        with tunnels_to(ssh_server, spec, jump=jump, known_hosts=record):
+            assert ask(spec.local_port) == b"hello"
+        for file, server in ((record, ssh_server), (tmp_path / "states" / "known_hosts", bastion)):
+            (line,) = file.read_text().splitlines()
+            assert line.split()[0] == f"[127.0.0.1]:{server.port}"
+
+
 def test_names_that_a_shell_could_take_for_its_own() -> None:
     """An address or a user with a shell's characters is refused when the tunnels are made."""
     for arguments in (("$(id)", "user"), ("-oProxyCommand=id", "user"), ("192.0.2.1", "a;id")):

@@ -152,9 +152,9 @@ class RayTunnels:
         knows, the key is recorded on first use, and no other one is accepted later.
     :param strict_host_key: whether a server is refused that neither ``host_key`` nor a known_hosts file
         names.
-    :param known_hosts: the file for keys on first use. By default it belongs to the cluster whose head has
-        this address, by its state file, and is removed with it; where there is none, it is ``known_hosts`` in
-        the directory of the state files.
+    :param known_hosts: the file for the head's key on first use. By default it belongs to the cluster whose
+        head has this address, by its state file, and is removed with it; where there is none, it is
+        ``known_hosts`` in the directory of the state files. Keys of bastions are always recorded there.
     :param jump: a bastion, or several, as ``ssh -J`` takes them (``"user@bastion:22"``); None for what
         ``~/.ssh/config`` says.
     :param ssh_config: whether ``~/.ssh/config`` is read; or another file of its kind.
