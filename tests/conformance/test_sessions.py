@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 
 from tests.clusters import SHORT, make
 from tests.controlplane import TEMPLATE
-from yellowdog_ray.errors import ClusterStateError, SpecError
-from yellowdog_ray.raydog.reach import SSHAccess
+from tests.ssh_fixtures import SshServer, embedded
+from yellowdog_ray.errors import BuildError, ClusterStateError, HostKeyError, SpecError
+from yellowdog_ray.raydog.reach import Reach, SSHAccess
+
+__all__ = ["embedded"]  # the fixture
 
 pytestmark = pytest.mark.usefixtures("hurried")
 
@@ -51,3 +62,70 @@ def test_sessions_need_a_way(platform):
         cluster.build(SHORT)
         with pytest.raises(ClusterStateError, match="tunnels need SSH"):
             cluster.tunnels()
+
+
+@contextmanager
+def dashboard() -> Iterator[tuple[str, list[str | None]]]:
+    """A server that answers as Ray's dashboard does to a new client; yields its address and who has asked."""
+    asked: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Authorization"])
+            body = json.dumps({"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_the_token_goes_to_no_other_cluster(platform, monkeypatch):
+    """What the environment names as the cluster to use is not asked, and is still there afterwards."""
+    with (
+        dashboard() as (ours, asked),
+        dashboard() as (other, asked_other),
+        make(platform, access="direct") as cluster,
+    ):
+        cluster.build(SHORT)
+
+        @contextmanager
+        def port(*_: object) -> Iterator[str]:
+            yield ours
+
+        monkeypatch.setattr(cluster, "_check_head", lambda *_, **__: None)
+        monkeypatch.setattr(cluster, "_port", port)
+        for name, value in (
+            ("RAY_API_SERVER_ADDRESS", f"http://{other}"),
+            ("RAY_ADDRESS", f"ray://{other}"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, value)
+                with cluster.jobs() as jobs:
+                    assert jobs.get_address() == f"http://{ours}"
+                    assert os.environ[name] == value
+        assert asked_other == []
+        assert set(asked) == {f"Bearer {cluster._ray_token()}"}
+
+
+def test_a_head_that_cannot_be_trusted(platform, embedded: SshServer, monkeypatch):
+    """A build that waits for Ray is taken back at once where the head has another host key."""
+    pin = f"SHA256:{'A' * 43}"
+    access = SSHAccess(embedded.user, embedded.key, port=embedded.port, host_key=pin, ssh_config=False)
+    cluster = make(platform, access=access)
+    monkeypatch.setattr(cluster, "_new_reach", lambda _: Reach(["127.0.0.1"], access))
+    began = time.monotonic()
+    with pytest.raises(BuildError, match=r"cannot be asked whether Ray is well.*SHA256:AAAA") as caught:
+        cluster.build(SHORT, until="ray")
+    assert time.monotonic() - began < 10
+    assert isinstance(caught.value.__cause__, HostKeyError)
+    assert cluster.head_node_private_ip is None

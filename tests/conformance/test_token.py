@@ -18,6 +18,7 @@ from yellowdog_ray.errors import ClusterStateError, StateError
 from yellowdog_ray.raydog.journal import Journal
 from yellowdog_ray.raydog.state import ClusterState
 from yellowdog_ray.raydog.token_file import read_token, write_token
+from yellowdog_ray.utils._ssh.hostkeys import record_beside
 
 pytestmark = pytest.mark.usefixtures("hurried")
 
@@ -198,13 +199,28 @@ def test_how_to_open_the_tunnels(cluster, path, capsys):
     """The error stream has the ssh command, with what is known of the way; no output holds the token."""
     status, out, err = _connect(capsys, path, "--ssh-user", "me", "--ssh-key", "/a key", "--ssh-port", 2222)
     assert status == 0
+    record = record_beside(path)
     node = cluster.observability_node_private_ip
     address = cluster.head_node_public_ip or cluster.head_node_private_ip
     assert err.splitlines()[-1].strip() == (
-        "ssh -N -L 10001:localhost:10001 -L 8265:localhost:8265 "
+        "ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=5 "
+        "-L 10001:localhost:10001 -L 8265:localhost:8265 "
         f"-L 3000:{node}:3000 -L 9090:{node}:9090 -p 2222 -i '/a key' me@{address}"
     )
     assert os.environ["RAY_AUTH_TOKEN"] not in out + err
+    # Without a port it is for ssh's own settings to say; ssh itself reads what is written.
+    record.write_text("")
+    try:
+        status, out, err = _connect(capsys, path, "--ssh-user", "me")
+    finally:
+        record.unlink()
+    command = shlex.split(err.splitlines()[-1])
+    read = subprocess.run(
+        ["ssh", "-G", "-F", "none", *command[1:]], capture_output=True, text=True, check=True
+    )
+    for line in ("port 22", "user me", "exitonforwardfailure yes", "serveraliveinterval 5"):
+        assert f"\n{line}\n" in f"\n{read.stdout}"
+    assert f"userknownhostsfile {record} " in read.stdout
     status, out, err = _connect(capsys, path, "--json")
     (about,) = json.loads(out)
     assert (status, err) == (0, "")

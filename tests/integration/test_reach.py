@@ -26,7 +26,7 @@ from yellowdog_client.model import (
 
 from tests.ssh_fixtures import make_key
 from yellowdog_ray import LocalPlatform, RayDogCluster
-from yellowdog_ray.errors import ClusterStateError, TunnelError
+from yellowdog_ray.errors import ClusterStateError, HostKeyError, TunnelError
 from yellowdog_ray.raydog.reach import Reach, SSHAccess
 from yellowdog_ray.raydog.scripts import get_script
 
@@ -183,8 +183,11 @@ def test_reach(world: World, tmp_path: Path) -> None:
             with pytest.raises(TunnelError, match="does not let user"):
                 locked_out.ray_nodes()
         other_host = (tmp_path / "other.pub").read_text()
-        with world.reach(host_key=other_host) as deceived:
-            assert "not the server that was expected" in str(deceived.health())
+        with (
+            world.reach(host_key=other_host) as deceived,
+            pytest.raises(HostKeyError, match="not the server that was expected"),
+        ):
+            deceived.health()
 
         reach.close()
         with pytest.raises(ClusterStateError, match="closed"):

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import threading
@@ -403,6 +404,221 @@ def test_both_directions(server: SshServer, variant: str) -> None:
         assert bytes(answer[size:]) == str(size).encode()
 
 
+def test_uploads_that_the_other_side_ends(server: SshServer) -> None:
+    """They end with an error for the client, soon, and do no harm to the other connections."""
+
+    def handler(sock: socket.socket) -> None:
+        got = 0
+        while got < 300_000 and (data := sock.recv(65536)):
+            got += len(data)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with (
+        handling(handler) as port,
+        echo_server() as echo,
+        tunnels_to(server, "paramiko", port, echo) as tunnels,
+    ):
+        outcomes: list[str] = []
+
+        def push() -> None:
+            with socket.create_connection(("127.0.0.1", tunnels.ports[port]), timeout=8) as client:
+                try:
+                    while True:
+                        client.sendall(bytes(65536))
+                except TimeoutError:
+                    outcomes.append("hung")
+                except OSError:
+                    outcomes.append("ended")
+
+        with socket.create_connection(("127.0.0.1", tunnels.ports[echo]), timeout=5) as quiet:
+            for _ in range(3):
+                threads = [threading.Thread(target=push) for _ in range(4)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                quiet.sendall(b"hello")
+                assert quiet.recv(1) + quiet.recv(4) == b"hello"
+        assert outcomes == ["ended"] * 12
+        assert (tunnels.status().state, tunnels.status().reconnects) == ("up", 0)
+        assert eventually(lambda: tunnels.status().connections == 0)
+    assert "nonexistent channel" not in (server.directory / "log").read_text()
+
+
+def test_an_answer_during_an_upload(server: SshServer) -> None:
+    """A client that is told to stop uploading can read that."""
+
+    def handler(sock: socket.socket) -> None:
+        sock.recv(10)
+        sock.sendall(b"too large")
+        sock.shutdown(socket.SHUT_WR)
+        time.sleep(0.3)
+
+    with (
+        handling(handler) as port,
+        tunnels_to(server, "paramiko", port) as tunnels,
+        socket.create_connection(("127.0.0.1", tunnels.ports[port]), timeout=10) as client,
+    ):
+        for _ in range(20):
+            client.sendall(bytes(100_000))
+            time.sleep(0.03)
+        assert client.recv(100) == b"too large"
+
+
+def test_stopping_while_clients_upload_to_a_silent_server(server: SshServer) -> None:
+    """What does not get away over a connection that is stuck does not hold up the end."""
+
+    def swallow(sock: socket.socket) -> None:
+        while sock.recv(1 << 20):
+            pass
+
+    with handling(swallow) as sink, socket.create_server(("127.0.0.1", 0)) as way:
+        # Between the tunnels and their server: it stops to carry anything, and holds little.
+        way.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        halted = threading.Event()
+
+        def carry(source: socket.socket, target: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while not halted.is_set() and (data := source.recv(65536)):
+                    target.sendall(data)
+
+        changes = {"ssh_port": way.getsockname()[1], "host_key": server.host_key}
+        tunnels = tunnels_to(server, "paramiko", sink, **changes)
+        ends: list[socket.socket] = []
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    near, _ = way.accept()
+                    far = socket.create_connection(("127.0.0.1", server.port))
+                    ends.extend((near, far))
+                    for pair in ((near, far), (far, near)):
+                        threading.Thread(target=carry, args=pair, daemon=True).start()
+
+        acceptor = threading.Thread(target=accept, daemon=True)
+        acceptor.start()
+        tunnels.start_tunnels()
+
+        def push() -> None:
+            with socket.create_connection(("127.0.0.1", port)) as client, contextlib.suppress(OSError):
+                while True:
+                    client.sendall(bytes(65536))
+
+        port = tunnels.ports[sink]
+        clients = [threading.Thread(target=push, daemon=True) for _ in range(5)]
+        for client in clients:
+            client.start()
+        time.sleep(0.3)
+        halted.set()
+        time.sleep(1.5)
+        began = time.monotonic()
+        tunnels.stop_tunnels(ignore_errors=False)
+        assert time.monotonic() - began < 1.5
+        assert is_free(port)
+        for client in clients:
+            client.join(5)
+        assert not any(client.is_alive() for client in clients)
+        way.shutdown(socket.SHUT_RDWR)
+        acceptor.join(5)
+        for end in ends:
+            end.close()
+
+
+def test_stopping_after_a_fork(server: SshServer) -> None:
+    """A child that has all the same sockets does not keep the port or the connection."""
+    with echo_server() as echo:
+        tunnels = tunnels_to(server, "paramiko", echo)
+        tunnels.start_tunnels()
+        port = tunnels.ports[echo]
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            child = os.fork()
+            if not child:
+                time.sleep(30)
+                os._exit(0)
+            try:
+                began = time.monotonic()
+                tunnels.stop_tunnels(ignore_errors=False)
+                assert time.monotonic() - began < 1
+                assert client.recv(1) == b""
+                with pytest.raises(ConnectionRefusedError):
+                    socket.create_connection(("127.0.0.1", port), timeout=5)
+                socket.create_server(("127.0.0.1", port)).close()
+                assert eventually(lambda: connections_to(server.port) == 0)
+            finally:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("variant", ["paramiko", "isolated"])
+def test_a_server_that_forbids_forwarding(
+    tmp_path: Path, variant: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is named as the reason: in the status, once in the log, and when Ray is waited for."""
+    with system_sshd(tmp_path) as server, echo_server() as echo:
+        with (server.directory / "authorized_keys").open("w") as file:
+            file.write(f"restrict {(server.directory / 'user.pub').read_text()}")
+        with tunnels_to(server, variant, echo) as tunnels:
+            for _ in range(2):
+                with contextlib.suppress(ConnectionError):
+                    assert ask(tunnels.ports[echo]) == b""
+            assert eventually(lambda: f"forbids connections to 127.0.0.1:{echo}" in str(tunnels.status()))
+            assert tunnels.is_active
+            said = [
+                one.message
+                for one in caplog.records
+                if f"forbids connections to 127.0.0.1:{echo}" in one.message
+            ]
+            assert len(said) == 1
+            began = time.monotonic()
+            with pytest.raises(TunnelError, match="forbids connections to port 52365"):
+                tunnels.wait_for_ray(20)
+            assert time.monotonic() - began < 3
+
+
+def test_a_malformed_answer_while_reconnecting(tmp_path: Path) -> None:
+    """Whatever answers at the server's address meanwhile, the connection is made again in the end."""
+    with echo_server() as echo:
+        with system_sshd(tmp_path) as server:
+            tunnels = tunnels_to(server, "paramiko", echo)
+            tunnels.start_tunnels()
+            assert ask(tunnels.ports[echo]) == b"hello"
+            for pid in _children_of(server.process.pid):
+                os.kill(pid, signal.SIGKILL)
+            server.process.kill()
+            server.process.wait()
+        asked = threading.Event()
+        with tunnels, socket.create_server(("127.0.0.1", server.port)) as listener:
+            payload = b"\x14" + bytes(16) + (b"\x00\x00\x00\x04\xff\xfe\xfd\xfc" * 10) + bytes(5)
+            pad = 8 - (len(payload) + 5) % 8 + 8
+            packet = (len(payload) + 1 + pad).to_bytes(4, "big") + bytes([pad]) + payload + bytes(pad)
+
+            def answer() -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        sock, _ = listener.accept()
+                        sock.sendall(b"SSH-2.0-strange\r\n" + packet)
+                        time.sleep(0.3)
+                        sock.close()
+                        asked.set()
+
+            thread = threading.Thread(target=answer, daemon=True)
+            thread.start()
+            assert asked.wait(10)
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+            listener.close()
+            with system_sshd(tmp_path, port=server.port):
+                assert eventually(lambda: tunnels.is_active, 15)
+                assert ask(tunnels.ports[echo]) == b"hello"
+
+
+def _children_of(pid: int) -> list[int]:
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [below for child in found for below in _children_of(child)]
+
+
 @pytest.mark.parametrize("variant", able("prompt-end"))
 def test_a_client_that_does_not_read(server: SshServer, variant: str) -> None:
     """A client that sends and never reads cannot hold up the end."""
@@ -645,20 +861,33 @@ def test_the_helper_process_shows_no_secret(
             tunnels.start_tunnels()
             assert ask(tunnels.ports[echo]) == b"hello"
 
+    # Where the parent has a child that holds the helper's input open, and a json.py lies about.
+    (tmp_path / "json.py").write_text("open('imported', 'w'); raise SystemExit")
     code = (
-        "import sys, time; from yellowdog_ray.utils.ray_ssh_tunnels import *\n"
+        "import os, sys, time; from yellowdog_ray.utils.ray_ssh_tunnels import *\n"
         f"t = RayTunnels('127.0.0.1', {server.user!r}, private_key_file={str(server.key)!r}, "
         f"ssh_port={server.port}, local_port='auto', isolate=True)\n"
-        "t.start_tunnels(); print(t.ports[8265], flush=True); time.sleep(60)"
+        f"os.chdir({str(tmp_path)!r}); t.start_tunnels(); child = os.fork() or time.sleep(60)\n"
+        "print(t.ports[8265], child, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    port = int(parent.stdout.readline())
+    port, child = map(int, parent.stdout.readline().split())
     assert not is_free(port)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert eventually(lambda: is_free(port), 10)
+
+    def ended() -> bool:
+        with contextlib.suppress(ConnectionResetError):  # it is just closing
+            return is_free(port)
+        return False
+
+    try:
+        assert eventually(ended, 10)
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert not (tmp_path / "imported").exists()
 
 
 def test_what_an_engine_cannot_do() -> None:

@@ -24,7 +24,7 @@ from tests.ssh_fixtures import (
     ssh_server,
     system_sshd,
 )
-from yellowdog_ray.errors import SpecError, TunnelError
+from yellowdog_ray.errors import SpecError, SSHLoginError, TunnelError
 from yellowdog_ray.utils import ray_ssh_tunnels
 from yellowdog_ray.utils._ssh import connection
 from yellowdog_ray.utils._ssh.hostkeys import HostKey
@@ -502,6 +502,79 @@ def test_a_key_of_the_agent(
         finally:
             agent.terminate()
             agent.wait()
+
+
+def test_more_keys_than_are_tried(ssh_server: SshServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an agent with many keys, the first ones are tried, and the error tells how many were not."""
+    with tempfile.TemporaryDirectory() as directory:
+        agent = subprocess.Popen(["ssh-agent", "-D", "-a", f"{directory}/agent"], stdout=subprocess.DEVNULL)
+        try:
+            assert eventually(Path(directory, "agent").exists, 5)
+            monkeypatch.setenv("SSH_AUTH_SOCK", f"{directory}/agent")
+            names = [home / f"key{number}" for number in range(7)]
+            for name in names:
+                make_key(name)
+            subprocess.run(["ssh-add", "-q", *names], check=True)
+            with pytest.raises(SSHLoginError, match="2 more keys were not tried; name one") as caught:
+                tunnels_to(ssh_server, to(1), private_key_file=None).start_tunnels()
+            assert str(caught.value).count("of the SSH agent") == 5
+        finally:
+            agent.terminate()
+            agent.wait()
+
+
+@pytest.mark.sshd
+def test_settings_that_would_break_openssh(
+    tmp_path: Path, echo: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The program ssh forwards whatever the settings say, with odd paths, and does not believe in silence."""
+    with system_sshd(tmp_path) as server:
+        config, key = tmp_path / "config", tmp_path / "key 100%h"
+        config.write_text(
+            "Host *\n RemoteCommand false\n SessionType none\n ForkAfterAuthentication yes\n"
+            " ClearAllForwardings yes\n StdinNull yes\n RequestTTY force\n"
+        )
+        key.write_bytes(server.key.read_bytes())
+        key.chmod(0o600)
+        spec = to(echo)
+        odd = {"private_key_file": key, "ssh_config": config, "engine": "openssh"}
+        record = tmp_path / "key 100%h" / "record"  # below a file
+        with tunnels_to(server, spec, known_hosts=record, **odd) as tunnels:
+            assert ask(spec.local_port) == b"hello"
+            assert tunnels.is_active
+        assert f"could not be recorded in {record}" in caplog.text
+    with pytest.raises(TunnelError, match=r"Connection refused.*ssh ended with exit status 255"):
+        tunnels_to(server, spec, known_hosts=tmp_path / "record", **odd).start_tunnels()
+    with pytest.raises(SpecError, match="cannot be told the path"):
+        tunnels_to(server, spec, known_hosts=tmp_path / 'a"b', **odd).start_tunnels()
+
+
+@pytest.mark.sshd
+def test_who_is_recorded_where(
+    ssh_server: SshServer, tmp_path: Path, echo: int, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's key goes into the record that is given, that of a bastion into the common one."""
+    monkeypatch.setenv("RAYDOG_STATE_DIR", str(tmp_path / "states"))
+    directory = tmp_path / "bastion"
+    directory.mkdir()
+    for name in ("user", "user.pub"):
+        (directory / name).write_bytes((ssh_server.directory / name).read_bytes())
+        (directory / name).chmod(0o600)
+    with system_sshd(directory) as bastion:
+        spec, record = to(echo), tmp_path / "record"
+        jump = f"{bastion.user}@127.0.0.1:{bastion.port}"
+        with tunnels_to(ssh_server, spec, jump=jump, known_hosts=record):
+            assert ask(spec.local_port) == b"hello"
+        for file, server in ((record, ssh_server), (tmp_path / "states" / "known_hosts", bastion)):
+            (line,) = file.read_text().splitlines()
+            assert line.split()[0] == f"[127.0.0.1]:{server.port}"
+
+
+def test_names_that_a_shell_could_take_for_its_own() -> None:
+    """An address or a user with a shell's characters is refused when the tunnels are made."""
+    for arguments in (("$(id)", "user"), ("-oProxyCommand=id", "user"), ("192.0.2.1", "a;id")):
+        with pytest.raises(SpecError, match="is refused"):
+            RayTunnels(*arguments)
 
 
 def test_addresses_and_repr() -> None:

@@ -13,7 +13,14 @@ import pytest
 
 from yellowdog_ray.errors import HostKeyError, SpecError
 from yellowdog_ray.utils._ssh import hostkeys
-from yellowdog_ray.utils._ssh.hostkeys import HostKey, HostKeys, default_record, parse_pin, record_beside
+from yellowdog_ray.utils._ssh.hostkeys import (
+    HostKey,
+    HostKeys,
+    default_record,
+    option_value,
+    parse_pin,
+    record_beside,
+)
 
 
 def new_key(kind: str = "ssh-ed25519") -> HostKey:
@@ -137,6 +144,33 @@ def test_a_record_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
     assert "could not be recorded" in caplog.text
     with pytest.raises(HostKeyError):
         check(keys, OTHER)
+
+
+def test_bastions_have_the_common_record(record: Path, state_directory: Path) -> None:
+    """A cluster's record holds its head's and workers' keys; that of a bastion goes into the common one."""
+    state_directory.mkdir()
+    running = state_directory / "a.json"
+    running.write_text(state("one", "running", public_ip="192.0.2.1"))
+    for own, given in ((record, record), (record_beside(running), None)):
+        keys = HostKeys(None, False, given)
+        keys.pass_through("bastion.example", 2222)
+        check(keys, OTHER, "bastion.example", 2222, pinned=False)
+        check(keys, ONE, "192.0.2.1")
+        check(keys, ECDSA, "10.0.0.9+task", pinned=False)
+        assert own.read_text() == f"192.0.2.1 {ONE.line}\n10.0.0.9+task {ECDSA.line}\n"
+        assert (state_directory / "known_hosts").read_text() == f"[bastion.example]:2222 {OTHER.line}\n"
+        again = HostKeys(None, False, given)
+        again.pass_through("bastion.example", 2222)
+        with pytest.raises(HostKeyError, match="has changed"):
+            check(again, ONE, "bastion.example", 2222, pinned=False)
+
+
+def test_paths_for_ssh() -> None:
+    """ssh is told a path as it is; one that it would read otherwise is refused."""
+    assert option_value("/a key/100%h") == '"/a key/100%%h"'
+    for path in ('/a"b', "/a\\b", "/${HOME}", "/a\nb"):
+        with pytest.raises(SpecError, match="cannot be told the path"):
+            option_value(path)
 
 
 def test_first_use_by_many(record: Path) -> None:

@@ -7,19 +7,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tests.ssh_fixtures import SshServer, ssh_server
-from yellowdog_ray.errors import ClusterStateError, RayDogError, SpecError, TunnelError
+from tests.ssh_fixtures import SshServer, embedded, eventually, make_key, ssh_server
+from yellowdog_ray.errors import (
+    ClusterStateError,
+    HostKeyError,
+    RayDogError,
+    SpecError,
+    SSHLoginError,
+    TunnelError,
+)
 from yellowdog_ray.raydog import reach as reach_module
 from yellowdog_ray.raydog.reach import RayNode, Reach, SSHAccess
+from yellowdog_ray.utils._ssh.connection import Connection
 
-__all__ = ["ssh_server"]  # the fixture
+__all__ = ["embedded", "ssh_server"]  # the fixtures
 
 TASK = "ydid:task:000000:a95c6be1-9cc1-48b8-a7b3-04924a85f4c6:1:1"
 TOKEN = "a-secret-token"
@@ -266,3 +274,60 @@ def test_closed(head: Head) -> None:
         reach.health()
     with pytest.raises(RayDogError, match="was closed"):
         Reach.ray_nodes(reach)
+
+
+def test_a_refused_login(embedded: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again, seconds apart, as the key may still come, and given up after a while."""
+    make_key(embedded.directory / "wrong")
+    access = SSHAccess(
+        embedded.user,
+        embedded.directory / "wrong",
+        port=embedded.port,
+        host_key=embedded.host_key,
+        ssh_config=False,
+    )
+    with Reach(["127.0.0.1"], access) as reach:
+        attempts = 0
+        connect = reach._connect
+
+        def counted() -> Connection:
+            nonlocal attempts
+            attempts += 1
+            return connect()
+
+        monkeypatch.setattr(reach, "_connect", counted)
+        for _ in range(5):
+            assert "does not let user" in (reach.health() or "")
+        assert attempts == 1
+        monkeypatch.setattr(reach_module, "_LOGIN_PAUSE", 0.0)
+        monkeypatch.setattr(reach_module, "_LOGIN_GRACE", 0.5)
+        assert eventually(lambda: raises(SSHLoginError, reach.health))
+        assert attempts > 1
+        # The key has come.
+        (embedded.directory / "authorized_keys").write_text((embedded.directory / "wrong.pub").read_text())
+        assert "nothing listens there" in (reach.health() or "")
+
+
+def raises(kind: type[Exception], call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except kind:
+        return True
+    return False
+
+
+def test_another_host_key(embedded: SshServer) -> None:
+    """It is said at once; but of a second address, which may be another machine's, it is only told."""
+    access = SSHAccess(
+        embedded.user,
+        embedded.key,
+        port=embedded.port,
+        host_key=f"SHA256:{'A' * 43}",
+        ssh_config=False,
+    )
+    with Reach(["127.0.0.1"], access) as reach, pytest.raises(HostKeyError):
+        reach.health()
+    with Reach(["127.0.0.9", "127.0.0.1"], access) as reach:
+        said = reach.health() or ""
+    assert "No connection to 127.0.0.9" in said
+    assert "SHA256:AAAA" in said

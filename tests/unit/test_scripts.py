@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.ssh_fixtures import eventually
 from yellowdog_ray import raydog
 from yellowdog_ray.errors import SpecError
 from yellowdog_ray.raydog import ports
@@ -268,9 +269,45 @@ def test_the_relay(tmp_path):
                 stream.write(f"{text}\n")
                 stream.flush()
                 assert stream.readline() == f"{text.upper()}\n"
+        # Who has nothing more to ask still gets the answer.
+        with socket.create_connection((inside, port), 10) as client, client.makefile("r") as stream:
+            client.sendall(b"no end of line")
+            client.shutdown(socket.SHUT_WR)
+            assert stream.read() == "NO END OF LINE"
+        # More than a hundred at once are refused, the others are not disturbed, and later all is as before.
+        with contextlib.ExitStack() as crowd:
+            clients = [crowd.enter_context(socket.create_connection((inside, port), 10)) for _ in range(110)]
+            assert clients[109].recv(1) == b""
+            clients[50].sendall(b"still here\n")
+            assert clients[50].recv(100) == b"STILL HERE\n"
+            clients[40].close()
+            assert eventually(lambda: served(inside, port))
         server.server_close()
         with socket.create_connection((inside, port), 10) as client:
             assert client.recv(1) == b""
+
+
+def served(address: str, port: int) -> bool:
+    """Tell whether a line is answered."""
+    with socket.create_connection((address, port), 10) as client, contextlib.suppress(ConnectionError):
+        client.sendall(b"hello\n")
+        return client.recv(100) == b"HELLO\n"
+    return False
+
+
+def test_the_head_says_that_its_relay_has_ended(agent):
+    """Where the relay cannot listen, the head's output says so, and Ray runs on."""
+    process = agent.start("head", OBSERVABILITY_HOST="10.1.2.4", RAYDOG_NODE_IP="192.0.2.1")
+    agent.wait_for_call("ray start")
+    assert process.stdout is not None
+    said = ""
+    while "has ended with exit status 1" not in said:
+        said = process.stdout.readline()
+        assert said, "the output has ended"
+    assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=10)
+    assert processes_in(agent.home) == []
 
 
 class Shouter(socketserver.StreamRequestHandler):

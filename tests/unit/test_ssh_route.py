@@ -90,7 +90,36 @@ def test_jump_lists(jump: str, expected: list[tuple[str | None, str, int | None]
     assert check_jump(jump) == expected
 
 
-@pytest.mark.parametrize("jump", ["", "a,,b", "a b", "-oProxyCommand=evil", "me@", "host:port", "host/path"])
+@pytest.mark.parametrize(
+    "bad",
+    ["-oProxyCommand=x", "a b", "a;b", "$(id)", "`id`", "a|b", "a&b", "a'b", 'a"b', "a\nb", "a\x7f", "a\\"],
+)
+def test_names_that_a_shell_could_take_for_its_own(bad: str) -> None:
+    """A ProxyCommand is run by a shell: what is no address and no user is refused before it."""
+    for arguments in ((bad, "ray"), ("head", bad)):
+        with pytest.raises(SpecError, match="is refused"):
+            Login(*arguments)
+    for fine in ("head.example", "192.0.2.1", "fe80::1%eth0", "kopf_1", "köpfchen"):
+        assert Login(fine, "DOMAIN\\me.too@there").host == fine
+
+
+@pytest.mark.parametrize(
+    "jump",
+    [
+        "a;b",
+        "$(id)",
+        "me`id`@bastion",
+        "a&b",
+        "a|b",
+        "",
+        "a,,b",
+        "a b",
+        "-oProxyCommand=evil",
+        "me@",
+        "host:port",
+        "host/path",
+    ],
+)
 def test_jump_lists_that_are_none(jump: str) -> None:
     """What is no list of servers is refused, options of ssh above all."""
     with pytest.raises(SpecError, match="jump must be like"):

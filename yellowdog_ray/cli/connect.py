@@ -7,19 +7,22 @@ written but an address that is one, and the path of a file that has turned out t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import shlex
 from functools import partial
+from pathlib import Path
 
 from yellowdog_ray.cli.files import Answer, StateFile, answer_one, newest_with_names, read_files
 from yellowdog_ray.cli.output import Output
 from yellowdog_ray.cli.running import Interrupts
 from yellowdog_ray.cli.settings import UsageError, read_access
-from yellowdog_ray.errors import ClusterStateError, StateError
+from yellowdog_ray.errors import ClusterStateError, SpecError, StateError
 from yellowdog_ray.raydog.ports import CLIENT, DASHBOARD, GRAFANA, PROMETHEUS
 from yellowdog_ray.raydog.reach import SSHAccess
 from yellowdog_ray.raydog.state import ClusterState, PoolState
 from yellowdog_ray.raydog.token_file import read_token
+from yellowdog_ray.utils._ssh.hostkeys import default_record, option_value, record_beside
 
 __all__ = ["connect"]
 
@@ -52,7 +55,10 @@ def _connect(access: SSHAccess | None, output: Output, file: StateFile) -> Answe
         environment.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=_token_file(state))
     environment["RAY_ADDRESS"] = f"ray://127.0.0.1:{CLIENT}"
     environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{DASHBOARD}"
-    command = _ssh(access, head[0], observability[-1] if observability else None)
+    # Not beside what the file itself names as its place: that would be for the file to choose.
+    records = (record_beside(file.path.absolute()), default_record(head[0]))
+    record = next((path for path in records if path.is_file()), None)
+    command = _ssh(access, head[0], observability[-1] if observability else None, record)
     shown = shlex.join(command)
     if not output.as_json:
         # On the error stream, where a person sees it and no shell evaluates it.
@@ -109,15 +115,22 @@ def _token_file(state: ClusterState) -> str:
     return path
 
 
-def _ssh(access: SSHAccess | None, head: str, observability: str | None) -> list[str]:
-    """Make the command that opens the tunnels."""
-    command = ["ssh", "-N"]
+def _ssh(access: SSHAccess | None, head: str, observability: str | None, record: Path | None) -> list[str]:
+    """Make the command that opens the tunnels.
+
+    :param record: the file of the cluster's host keys, where there is one.
+    """
+    # Half of the tunnels, or those of a connection that is dead, would be no help.
+    command = ["ssh", "-N", "-o", "ExitOnForwardFailure=yes", "-o", "ServerAliveInterval=5"]
+    if record is not None:
+        with contextlib.suppress(SpecError):  # ssh cannot be told such a name
+            command += ["-o", f"UserKnownHostsFile={option_value(record)} ~/.ssh/known_hosts"]
     forwarded = [(CLIENT, "localhost"), (DASHBOARD, "localhost")]
     if observability is not None:
         forwarded += [(GRAFANA, observability), (PROMETHEUS, observability)]
     for port, host in forwarded:
         command += ["-L", f"{port}:[{host}]:{port}" if ":" in host else f"{port}:{host}:{port}"]
-    if access is not None and access.port != 22:
+    if access is not None and access.port is not None:
         command += ["-p", str(access.port)]
     if access is not None and access.private_key_file is not None:
         command += ["-i", str(access.private_key_file)]

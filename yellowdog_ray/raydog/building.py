@@ -8,10 +8,12 @@ from datetime import timedelta
 from typing import Literal
 
 from yellowdog_ray.errors import (
+    BuildError,
     BuildTimeoutError,
     ClusterStateError,
     RayDogError,
     SpecError,
+    TunnelError,
     WaitTimeoutError,
 )
 from yellowdog_ray.raydog import events, plan
@@ -79,7 +81,8 @@ class ClusterBuilding(ClusterEnding):
         :raises CredentialsError: where the platform does not accept the key.
         :raises NotFoundError: where the platform does not know a template.
         :raises NameTakenError: where there is something else under one of the cluster's names.
-        :raises BuildError: where the head cannot come up, with the reason.
+        :raises BuildError: where the head cannot come up, with the reason; with ``until="ray"`` also where
+            its host key is not the expected one, or the user has not been let in for a minute.
         :raises BuildTimeoutError: a :class:`TimeoutError`: where it takes too long.
         """
         timeout = check_duration(head_node_build_timeout, "head_node_build_timeout")
@@ -136,6 +139,8 @@ class ClusterBuilding(ClusterEnding):
                 wait_for_ray(self._platform, built.head, reach, operation, say)
             except WaitTimeoutError as error:
                 raise BuildTimeoutError(str(error)) from error
+            except TunnelError as error:
+                raise BuildError(f"The head cannot be asked whether Ray is well: {error}") from error
 
     def _begin_watch(self) -> None:
         if self._assembly is not None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from yellowdog_ray.errors import ClusterStateError, SpecError, TunnelError
+from yellowdog_ray.errors import ClusterStateError, HostKeyError, SpecError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._http import excerpt, get
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT = 10.0  # seconds, for each of: TCP, SSH's greeting and key exchange, each login
 _ANSWER_TIMEOUT = 10.0  # seconds, for the whole of an answer
+# While a node starts, its SSH server may be up before the user's key is in place.
+_LOGIN_GRACE = 60.0  # seconds from the first refused login
+_LOGIN_PAUSE = 3.0  # seconds between two refused logins
 _CLOSE_TIMEOUT = 1.0  # seconds to wait for the threads of a connection that is closed
 
 _DASHBOARD_PORT = 8265
@@ -158,6 +161,15 @@ class HeadVersions:
     python: str | None
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """What a server said that does not let the user in, when it first did and when it last did."""
+
+    reason: str
+    since: float
+    last: float
+
+
 class Reach:
     """One way to the nodes of a cluster: through SSH to its head where there is an access, else directly.
 
@@ -194,19 +206,38 @@ class Reach:
         self._connectors: dict[str, Connector] = {}
         self._connection: Connection | None = None
         self._closed = False
+        self._refusal: _Refusal | None = None
         self._connecting = threading.Lock()  # held while a connection is made, which may take long
         self._lock = threading.Lock()  # for the two above it, held for a moment only
 
     def health(self) -> str | None:
         """Ask the head's own raylet whether it is well. That needs no token.
 
+        It is meant to be called again and again: after a refused login the next one is tried 3 s later, and
+        until then this returns what was said before.
+
         :returns: None if it is; else, in a sentence, why not: Ray's answer, or why there was none.
+        :raises HostKeyError: where an SSH server's key is not the expected one.
+        :raises SSHLoginError: where the user has not been let in for 60 s.
         :raises ClusterStateError: where this was closed.
         """
+        before = self._refusal
+        if before is not None and not self._closed and time.monotonic() < before.last + _LOGIN_PAUSE:
+            return before.reason
         try:
             status, body = self._ask(_AGENT_PORT, "/api/local_raylet_healthz")
+        except HostKeyError:
+            raise
+        except SSHLoginError as error:
+            now = time.monotonic()
+            since = now if before is None else before.since
+            if now - since >= _LOGIN_GRACE:
+                raise
+            self._refusal = _Refusal(str(error), since, now)
+            return str(error)
         except TunnelError as error:
             return str(error)
+        self._refusal = None
         return None if status == 200 else f"Ray on the head is not healthy: {excerpt(status, body)}"
 
     def ray_nodes(self) -> list[RayNode]:
@@ -245,7 +276,7 @@ class Reach:
         try:
             data = json.loads(body)["data"]
             return HeadVersions(str(data["rayVersion"]), str(data["pythonVersion"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             # An older Ray, or another one.
             log.debug("the head does not tell its versions: %s", excerpt(status, body))
             return HeadVersions(None, None)
@@ -322,7 +353,7 @@ class Reach:
             if status != 200:
                 raise ValueError
             return [_node(entry) for entry in json.loads(body)["data"]["result"]["result"]]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ClusterStateError(
                 f"Ray's dashboard on the head does not list the nodes: {excerpt(status, body)}"
             ) from error
@@ -407,16 +438,18 @@ class Reach:
         raise self._closed_error()
 
     def _connect(self) -> Connection:
-        from yellowdog_ray.errors import SSHLoginError
         from yellowdog_ray.utils._ssh.channels import quicken
 
-        problems = []
+        problems: list[TunnelError] = []
         for address in self._addresses:
             try:
                 connection = self._connector(address).connect(_CONNECT_TIMEOUT)
             except SSHLoginError:
                 raise  # the other address is the same machine
             except TunnelError as error:
+                if isinstance(error, HostKeyError) and not problems:
+                    raise
+                # A private address alone may be another machine's, in the user's own network.
                 problems.append(error)
                 continue
             threading.Thread(

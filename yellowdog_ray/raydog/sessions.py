@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from yellowdog_ray.errors import ClusterStateError, TunnelError, WaitTimeoutError
+from yellowdog_ray.errors import (
+    ClusterStateError,
+    HostKeyError,
+    SSHLoginError,
+    TunnelError,
+    WaitTimeoutError,
+)
 from yellowdog_ray.raydog.insight import ClusterInsight
 from yellowdog_ray.raydog.reach import Reach, SSHAccess
 
@@ -28,6 +35,9 @@ log = logging.getLogger(__name__)
 _CLIENT_PORT, _DASHBOARD_PORT = 10001, 8265
 _GRAFANA_PORT, _PROMETHEUS_PORT = 3000, 9090
 _LOOK = 0.2  # seconds between looks at whether Ray is ready
+# Where one of these is set, Ray's client for jobs goes there, whatever address it is given.
+_ELSEWHERE = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_environment = threading.Lock()
 
 
 class ClusterSessions(ClusterInsight):
@@ -109,7 +119,8 @@ class ClusterSessions(ClusterInsight):
         :raises ClusterStateError: before anything hangs: where Ray is connected already in this process, its
             version or Python's is another one on the head, the token is refused, or there is no head.
         :raises WaitTimeoutError: where Ray on the head is not ready in time.
-        :raises TunnelError: where the head cannot be reached.
+        :raises TunnelError: where the head cannot be reached: at once where its host key is not the expected
+            one, and where it does not let the user in for a minute.
         """
         import ray
 
@@ -140,21 +151,21 @@ class ClusterSessions(ClusterInsight):
                 job = jobs.submit_job(entrypoint="python -c 'print(42)'")
 
         It goes through a tunnel of its own to the dashboard, or, with ``access="direct"``, to the head's
-        address, and sends the cluster's token by itself.
+        address, and sends the cluster's token by itself. It is this cluster's, whatever ``RAY_ADDRESS`` and
+        ``RAY_API_SERVER_ADDRESS`` say: these are taken out of the environment while the client is made.
 
         :param timeout: how long to wait until Ray on the head is ready, as a timedelta or in seconds.
         :param engine: of the tunnel, see :class:`.RayTunnels`; ``isolate`` too.
         :raises ClusterStateError: where the token is refused, or there is no head.
         :raises WaitTimeoutError: where Ray on the head is not ready in time.
-        :raises TunnelError: where the head cannot be reached.
+        :raises TunnelError: where the head cannot be reached: at once where its host key is not the expected
+            one, and where it does not let the user in for a minute.
         """
-        from ray.job_submission import JobSubmissionClient
-
         self._check_head(timeout, exact=False)
         token = self._ray_token()
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         with self._port(_DASHBOARD_PORT, engine, isolate) as address:
-            yield JobSubmissionClient(f"http://{address}", headers=headers)
+            yield _jobs_client(f"http://{address}", headers)
 
     def _check_disconnected(self) -> None:
         from yellowdog_ray.raydog import ray_auth
@@ -213,6 +224,23 @@ class ClusterSessions(ClusterInsight):
             yield f"127.0.0.1:{tunnels.ports[port]}"
 
 
+def _jobs_client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
+    """Make a client for the jobs of this address and no other one: the headers hold the token."""
+    from ray.job_submission import JobSubmissionClient
+
+    with _environment:
+        kept = {name: os.environ.pop(name) for name in _ELSEWHERE if name in os.environ}
+        try:
+            client = JobSubmissionClient(address, headers=headers)
+        finally:
+            os.environ.update(kept)
+    if client.get_address() != address:
+        raise ClusterStateError(
+            f"Ray's client for jobs went to {client.get_address()}, not to the cluster's head at {address}"
+        )
+    return client
+
+
 def _differences(way: Reach) -> list[str]:
     """Say how the head's versions differ from those here."""
     import ray
@@ -222,6 +250,8 @@ def _differences(way: Reach) -> list[str]:
         try:
             head = way.versions()
             break
+        except (HostKeyError, SSHLoginError):
+            raise
         except TunnelError:  # the dashboard comes up a little later than the rest
             if time.monotonic() > deadline:
                 raise

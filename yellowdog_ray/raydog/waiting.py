@@ -204,6 +204,7 @@ def wait_for_ray(
 
     :param emit: called now and then with the seconds that it has been waited for.
     :raises WaitTimeoutError: where its task ends, or the time is over.
+    :raises TunnelError: where the head cannot be logged in to, and waiting does not help.
     """
     pause = Pause(operation)
     next_look = _LOOK_FOR_REASONS

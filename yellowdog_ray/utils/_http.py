@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["excerpt", "get"]
 
+_LARGEST = 64 << 20  # bytes of a page
+
 
 def get(
     sock: socket.socket | paramiko.Channel, where: str, path: str, token: str | None, timeout: float
@@ -25,7 +27,7 @@ def get(
     :param token: the cluster's token, where there is one.
     :param timeout: seconds, for the whole of the answer.
     :returns: the HTTP status and the page.
-    :raises TunnelError: where the answer does not come, or not within its time.
+    :raises TunnelError: where the answer does not come, or not within its time, or is larger than 64 MiB.
     """
     expired = threading.Event()
 
@@ -51,11 +53,27 @@ def get(
             # which a channel is as good as a socket.
             with http.client.HTTPResponse(cast(socket.socket, sock), method="GET") as response:
                 response.begin()
-                return response.status, response.read()
-        except (http.client.HTTPException, EOFError, OSError) as error:
+                body = response.read(_LARGEST + 1)
+                if len(body) > _LARGEST:
+                    raise TunnelError(f"{where} answers with more than {_LARGEST >> 20} MiB")
+                if response.length:  # with a limit, read() does not say that something is missing
+                    raise http.client.IncompleteRead(body, response.length)
+                return response.status, body
+        except TunnelError:
+            raise
+        except (
+            http.client.HTTPException,
+            EOFError,
+            OSError,
+            ValueError,
+            ArithmeticError,
+            MemoryError,
+        ) as error:
             if expired.is_set() or isinstance(error, TimeoutError):
                 raise TunnelError(f"{where} did not answer within {timeout:g} s") from error
             reason = str(error).rstrip(".") or type(error).__name__
+            if isinstance(error, ValueError | ArithmeticError | MemoryError):
+                raise TunnelError(f"{where} gives an answer that makes no sense: {reason}") from error
             raise TunnelError(f"{where} ends connections without an answer: {reason}") from error
         finally:
             timer.cancel()

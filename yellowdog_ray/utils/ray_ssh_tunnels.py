@@ -109,7 +109,8 @@ class TunnelStatus:
     :param seconds: for how long it has been so.
     :param reconnects: how often the connection was lost and came back.
     :param connections: how many clients use the tunnels now; None where the engine does not tell.
-    :param last_error: why the connection was lost the last time, or cannot be made again.
+    :param last_error: why the connection was lost the last time, or cannot be made again, or that the server
+        forbids connections to a port.
     :param ports: local ports by the ports on the other side.
     :param engine: what forwards them.
     """
@@ -151,9 +152,9 @@ class RayTunnels:
         knows, the key is recorded on first use, and no other one is accepted later.
     :param strict_host_key: whether a server is refused that neither ``host_key`` nor a known_hosts file
         names.
-    :param known_hosts: the file for keys on first use. By default it belongs to the cluster whose head has
-        this address, by its state file, and is removed with it; where there is none, it is ``known_hosts`` in
-        the directory of the state files.
+    :param known_hosts: the file for the head's key on first use. By default it belongs to the cluster whose
+        head has this address, by its state file, and is removed with it; where there is none, it is
+        ``known_hosts`` in the directory of the state files. Keys of bastions are always recorded there.
     :param jump: a bastion, or several, as ``ssh -J`` takes them (``"user@bastion:22"``); None for what
         ``~/.ssh/config`` says.
     :param ssh_config: whether ``~/.ssh/config`` is read; or another file of its kind.
@@ -344,6 +345,7 @@ class RayTunnels:
 
         :param timeout: how long to wait, as a timedelta or in seconds.
         :raises ClusterStateError: where the tunnels are not open.
+        :raises TunnelError: where the SSH server forbids connections to that port.
         :raises WaitTimeoutError: where Ray did not become ready in time, with the last answer.
         """
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
@@ -355,6 +357,12 @@ class RayTunnels:
             answer = _ask_agent(ports[-1])
             if answer is None:
                 return
+            engine = self._engine
+            if engine is not None and _AGENT_PORT in engine.status().forbidden:
+                raise TunnelError(
+                    f"Whether Ray on {self._host} is ready cannot be told: its SSH server forbids "
+                    f"connections to port {_AGENT_PORT}. Its sshd_config needs 'AllowTcpForwarding yes'"
+                )
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError(
                     f"Ray on {self._host} was not ready after {seconds:g} s: {answer}. Its "

@@ -64,9 +64,15 @@ relay_for="${RAYDOG_DASHBOARD_DIRECT:+any}"
 relay_for="${relay_for:-${OBSERVABILITY_HOST:-}}"
 if [ -n "$relay_for" ]; then
     if [ -n "${RAYDOG_NODE_IP:-}" ]; then
-        python - "$RAYDOG_NODE_IP" 8265 "$relay_for" <<'END_OF_FILE' &
+        (
+            trap '[ -z "$!" ] || kill "$!" 2>/dev/null; exit' TERM INT
+            python - "$RAYDOG_NODE_IP" 8265 "$relay_for" <<'END_OF_FILE' &
 #include observability/relay.py
 END_OF_FILE
+            wait "$!"
+            echo "The relay to Ray's dashboard has ended with exit status $?:" \
+                "the dashboard can be reached from this node only" >&2
+        ) &
         relay=$!
     else
         echo "RAYDOG_NODE_IP is not set: Ray's dashboard can be reached from this node only" >&2

@@ -17,10 +17,11 @@ from typing import Protocol
 
 import paramiko
 
-from yellowdog_ray.errors import SSHLoginError, TunnelError
+from yellowdog_ray.errors import RayDogError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.hostkeys import HostKey, HostKeys
-from yellowdog_ray.utils._ssh.keys import NamedKey, keys_to_try
+from yellowdog_ray.utils._ssh.keys import MOST_KEYS, NamedKey, keys_to_try
 from yellowdog_ray.utils._ssh.route import Hop, Login, bracketed, route
+from yellowdog_ray.utils._ssh.transport import Packetizer, Transport
 
 __all__ = ["CONNECT_TIMEOUT", "Cancel", "Connection", "Connector", "quiet_log"]
 
@@ -67,19 +68,6 @@ class Cancel:
             raise TunnelError("The connection was given up while it was being made")
 
 
-class _Packetizer(paramiko.packet.Packetizer):
-    """Notes when the server was last heard, whatever it said."""
-
-    def __init__(self, sock: object) -> None:
-        super().__init__(sock)  # type: ignore[arg-type]
-        self.heard = time.monotonic()
-
-    def read_message(self) -> tuple[int, paramiko.Message]:
-        message = super().read_message()
-        self.heard = time.monotonic()
-        return message
-
-
 class Connection:
     """An SSH connection whose server was checked, and which is logged in.
 
@@ -101,10 +89,15 @@ class Connection:
     def heard(self) -> float:
         """When the server was last heard, by ``time.monotonic``."""
         packetizer = self.transport.packetizer
-        return packetizer.heard if isinstance(packetizer, _Packetizer) else 0.0
+        return packetizer.heard if isinstance(packetizer, Packetizer) else 0.0
 
     def close(self, deadline: float) -> None:
         """End it and wait for its threads, until a deadline of ``time.monotonic``."""
+        # A thread that sends would hold up the good-byes, until the socket under all of it is shut.
+        for transport in self._hops:
+            if isinstance(transport.sock, socket.socket):
+                with contextlib.suppress(OSError):
+                    transport.sock.shutdown(socket.SHUT_RDWR)
         for transport in reversed(self._hops):
             disconnect(transport, deadline)
 
@@ -138,6 +131,7 @@ class Connector:
             target.where: keys_to_try(login.key_file, login.key_password, login.password, target.identities)
         }
         for hop in self._way[:-1]:
+            self.host_keys.pass_through(hop.key_name, hop.port)
             named = [] if hop.identities else self._keys[target.where]
             self._keys.setdefault(hop.where, named or keys_to_try(None, None, None, hop.identities))
         return len(self._way) == 1 and target.command is None
@@ -224,7 +218,7 @@ class Connector:
         transport = None
         try:
             cancel.watch(sock)
-            transport = paramiko.Transport(sock, packetizer_class=_Packetizer)
+            transport = Transport(sock)
             transport.set_log_channel(quiet_log.name)
             transport.daemon = True
             transport.banner_timeout = transport.auth_timeout = timeout
@@ -244,9 +238,8 @@ class Connector:
             if transport is not None:
                 disconnect(transport, time.monotonic() + 1)
             sock.close()
-            if isinstance(error, paramiko.SSHException | EOFError | OSError) and not isinstance(
-                error, TunnelError
-            ):
+            # paramiko's thread passes on whatever an answer that makes no sense has led to.
+            if isinstance(error, Exception) and not isinstance(error, RayDogError):
                 cancel.check()
                 reason = str(error) or type(error).__name__
                 raise TunnelError(f"{where} accepts connections, but SSH with it failed: {reason}") from error
@@ -374,6 +367,7 @@ def log_in(
     """Log in with one of the keys and then, if they are refused, with the password if there is one.
 
     :param where: the server's name, for messages.
+    :param keys: of many, only the first ones are tried: servers hang up.
     :param refused: what was refused over earlier connections, one for each attempt; what is refused now is
         added.
     :returns: the key that was accepted; None where it was the password.
@@ -382,7 +376,7 @@ def log_in(
     :raises TunnelError: where neither is accepted; the transport is left to the caller.
     """
     attempts: list[tuple[str, NamedKey | None, Callable[[], Sequence[str]]]] = []
-    for key, origin in keys:
+    for key, origin in keys[:MOST_KEYS]:
         named = f"the key {origin} ({HostKey(key.get_name(), key.asbytes())})"
         attempts.append((named, (key, origin), partial(transport.auth_publickey, user, key)))
     if password:
@@ -393,7 +387,7 @@ def log_in(
             missing = attempt()
         except paramiko.BadAuthenticationType as error:
             refused.append(f"{what} (the server takes {', '.join(error.allowed_types) or 'nothing'})")
-        except (paramiko.SSHException, EOFError, OSError) as error:
+        except Exception as error:  # of any kind, where the server's answer makes no sense
             if isinstance(error, paramiko.AuthenticationException) and transport.is_active():
                 refused.append(what)
                 continue
@@ -404,7 +398,13 @@ def log_in(
             if not missing:
                 return key_there
             refused.append(f"{what} alone (the server also wants {', '.join(missing)})")
+    more = len(keys) - MOST_KEYS
+    untried = (
+        f"{more} more {'key was' if more == 1 else 'keys were'} not tried; name one with private_key_file. "
+        if more > 0
+        else ""
+    )
     raise SSHLoginError(
-        f"{where} does not let user {user!r} in with {' or '.join(refused)}. Is this the right user for the "
-        "node's image, and is the public key among its authorized_keys?"
+        f"{where} does not let user {user!r} in with {' or '.join(refused)}. {untried}Is this the right user "
+        "for the node's image, and is the public key among its authorized_keys?"
     )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from yellowdog_ray.errors import HostKeyError, SpecError
 
-__all__ = ["HostKey", "HostKeys", "parse_pin", "record_beside"]
+__all__ = ["HostKey", "HostKeys", "common_record", "parse_pin", "record_beside"]
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,28 @@ def record_beside(state_file: Path) -> Path:
     return state_file.with_name(f".{state_file.name}.known_hosts")
 
 
+def option_value(path: str | Path) -> str:
+    """Write a path as the value of one of ssh's options.
+
+    :raises SpecError: where ssh cannot be told it.
+    """
+    text = str(path)
+    if re.search(r'["\\]|\$\{', text) or not text.isprintable():
+        raise SpecError(
+            f"ssh cannot be told the path {text!r}: it must have no quotes, backslashes, ${{ or control "
+            "characters. Use another path, or another engine"
+        )
+    # Percent signs would begin a token of ssh's.
+    return f'"{text}"'.replace("%", "%%")
+
+
+def common_record() -> Path:
+    """Tell the file for the keys of bastions, and of heads of no cluster whose state is here."""
+    from yellowdog_ray.raydog.journal import state_directory
+
+    return state_directory() / "known_hosts"
+
+
 def default_record(address: str) -> Path:
     """Tell the file for the keys of a host: its cluster's, where it is a head, or the common one."""
     from yellowdog_ray.errors import StateError
@@ -100,7 +122,7 @@ def default_record(address: str) -> Path:
                     if pool.role == "head"
                 ):
                     return record_beside(path)
-    return directory / "known_hosts"
+    return common_record()
 
 
 class _Entry(NamedTuple):
@@ -157,15 +179,20 @@ class HostKeys:
 
     :param pin: the key or fingerprint that the login's own server must have.
     :param strict: whether a server that nobody knows is refused.
-    :param record: the file for keys on first use; None for the one of the cluster whose head it is, or one
-        for all else, in the directory of the state files.
+    :param record: the file for keys on first use, but those of bastions, for which there is a common one;
+        None for the one of the cluster whose head it is, or else the common one.
     """
 
     def __init__(self, pin: str | None, strict: bool, record: Path | None) -> None:
         self._pin = None if pin is None else parse_pin(pin)
         self._strict, self._record = strict, record
+        self._bastions: set[str] = set()
         self._seen: dict[str, HostKey] = {}
         self._lock = threading.Lock()
+
+    def pass_through(self, host: str, port: int) -> None:
+        """Take a server for a bastion, which outlives the cluster's record and may lead to other ones too."""
+        self._bastions.add(_name(host, port))
 
     def kinds(self, host: str, port: int, pinned: bool) -> list[str]:
         """List the kinds of key that a server is to be asked for, as those are known."""
@@ -175,7 +202,7 @@ class HostKeys:
         name = _name(host, port)
         if name in self._seen:
             return [self._seen[name].kind]
-        known = [entry.key.kind for entry in self._known(host, name) if not entry.revoked]
+        known = [entry.key.kind for entry in self._known(host, port) if not entry.revoked]
         return list(dict.fromkeys(known or pin))
 
     def check(self, found: HostKey, where: str, host: str, port: int, pinned: bool) -> None:
@@ -195,7 +222,7 @@ class HostKeys:
                 if seen != found:
                     raise HostKeyError(_other(where, found, f"before it was {seen}"))
                 return
-            known = list(self._known(host, name))
+            known = list(self._known(host, port))
             if any(entry.revoked and entry.key == found for entry in known):
                 raise HostKeyError(f"The key of {where}, {found}, is marked as revoked in your known_hosts")
             known = [entry for entry in known if not entry.revoked]
@@ -208,24 +235,28 @@ class HostKeys:
                         "the right one, give it as host_key, or add it to your known_hosts. No user name, "
                         "password or key was shown to it."
                     )
-                self._record_first(found, where, host, name)
+                self._record_first(found, where, host, port)
             self._seen[name] = found
 
-    def record(self, host: str) -> Path:
-        """Tell the file that keys are recorded in."""
+    def record(self, host: str, port: int) -> Path:
+        """Tell the file that a server's key is recorded in."""
+        if _name(host, port) in self._bastions:
+            return common_record()
+        # What is no bastion is the head, which is asked for first, or a worker behind it.
         if self._record is None:
             self._record = default_record(host)
         return self._record
 
-    def _known(self, host: str, name: str) -> Iterator[_Entry]:
-        yield from _entries(self.record(host), name)
+    def _known(self, host: str, port: int) -> Iterator[_Entry]:
+        name = _name(host, port)
+        yield from _entries(self.record(host, port), name)
         for file in _USER_FILES:
             yield from _entries(Path(file).expanduser(), name)
 
-    def _record_first(self, found: HostKey, where: str, host: str, name: str) -> None:
-        path = self.record(host)
+    def _record_first(self, found: HostKey, where: str, host: str, port: int) -> None:
+        path = self.record(host, port)
         try:
-            others = _append(path, name, found)
+            others = _append(path, _name(host, port), found)
         except OSError as error:
             log.warning(
                 "%s was not known: its key %s is believed here, but could not be recorded in %s: %s",

@@ -14,13 +14,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from yellowdog_ray.errors import SSHLoginError
 
-__all__ = ["NamedKey", "keys_to_try", "load_key", "own_keys"]
+__all__ = ["MOST_KEYS", "NamedKey", "keys_to_try", "load_key", "own_keys"]
 
 NamedKey = tuple[paramiko.PKey, str]
 """A key, with where it is from."""
 
 # sshd hangs up after six attempts by default.
-_MOST = 5
+MOST_KEYS = 5
 
 
 def load_key(path: str, passphrase: str | None) -> paramiko.PKey:
@@ -80,7 +80,7 @@ def own_keys() -> list[NamedKey]:
         path = os.path.expanduser(f"~/.ssh/{name}")
         with contextlib.suppress(SSHLoginError):
             keys.append((load_key(path, None), path))
-    return keys[:_MOST]
+    return keys
 
 
 def keys_to_try(
@@ -109,4 +109,4 @@ def keys_to_try(
             "SSH needs a key or a password: give private_key_file or password. The SSH agent has no key, "
             "and ~/.ssh none that is unencrypted"
         )
-    return keys[:_MOST]
+    return keys

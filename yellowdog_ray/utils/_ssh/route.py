@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 USER_CONFIG = "~/.ssh/config"
 _MOST_HOPS = 8
+# A ProxyCommand is run by a shell, with these in it; ssh refuses them as well.
+_UNSAFE_HOST = re.compile(r"""^-|[\s'"`$\\;&<>|(){}]|[^ -~\x80-\U0010ffff]""")
+_UNSAFE_USER = re.compile(r"""^-|[\s'"`$;&<>|(){}]|\\$|[^ -~\x80-\U0010ffff]""")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Login:
     :param jump: the servers to go through, as ``ssh -J`` takes them; None for what the settings say.
     :param ssh_config: the file of the settings; None to read none.
     :param record: the file for host keys on first use; None for the usual one.
+    :raises SpecError: where the host or the user has characters that a shell could take for its own.
     """
 
     host: str
@@ -43,6 +48,10 @@ class Login:
     host_key: str | None = None
     strict: bool = False
     record: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_name("address", self.host, _UNSAFE_HOST)
+        _check_name("SSH user", self.user, _UNSAFE_USER)
 
     @property
     def where(self) -> str:
@@ -70,6 +79,14 @@ def bracketed(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _check_name(what: str, value: str, unsafe: re.Pattern[str]) -> None:
+    if unsafe.search(value):
+        raise SpecError(
+            f"The {what} {value[:60]!r} is refused: it must not begin with '-', nor have spaces, control "
+            "characters or any that mean something to a shell"
+        )
+
+
 def check_jump(jump: str) -> list[tuple[str | None, str, int | None]]:
     """Read a list of servers to go through, as ``ssh -J`` takes it: ``[user@]host[:port],...``.
 
@@ -84,7 +101,7 @@ def check_jump(jump: str) -> list[tuple[str | None, str, int | None]]:
             host, port, user = parts.hostname, parts.port, parts.username
         except ValueError:
             host = None
-        if not host or parts.path or host.startswith("-") or any(character.isspace() for character in host):
+        if not host or parts.path or _UNSAFE_HOST.search(host) or (user and _UNSAFE_USER.search(user)):
             raise SpecError(f"jump must be like 'user@bastion.example.com:22', not {part!r}")
         found.append((user, _as_written(text, host), port))
     return found

@@ -68,7 +68,8 @@ class LinkStatus:
     :param seconds: for how long it has been so.
     :param reconnects: how often it was lost and came back.
     :param connections: how many clients use the ports now; None where that is not known.
-    :param last_error: why it was lost, or could not be made again.
+    :param last_error: why it was lost, or could not be made again, or what the server forbids.
+    :param forbidden: the remote ports to which the server forbade connections when it was last asked.
     """
 
     state: State
@@ -76,6 +77,7 @@ class LinkStatus:
     reconnects: int = 0
     connections: int | None = None
     last_error: str | None = None
+    forbidden: Sequence[int] = ()
 
 
 class Engine(Protocol):

@@ -9,11 +9,12 @@ import socket
 import struct
 import threading
 import time
+from dataclasses import replace
 
 import paramiko
 
 from yellowdog_ray.errors import TunnelError
-from yellowdog_ray.utils._ssh.route import Login
+from yellowdog_ray.utils._ssh.route import Login, bracketed
 from yellowdog_ray.utils._tunnels.engines import Forward, LinkStatus
 from yellowdog_ray.utils._tunnels.link import Link
 from yellowdog_ray.utils._tunnels.ports import bind_all
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 _ALL = 1 << 30  # bytes: as many as there are
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: do not end a connection in order
 _HEADER = 64  # bytes of a full packet that are not data
+_LINGER_SECONDS = 2.0  # for a client to see that the other side has ended the connection
+_LOOK = 0.5  # seconds between looks at whether the other side has
 
 
 class Forwarder:
@@ -39,6 +42,7 @@ class Forwarder:
         self._relays: set[_Relay] = set()
         self._lock = threading.Lock()
         self._stopping = False
+        self._forbidden: set[Forward] = set()
         self._wake: tuple[socket.socket, socket.socket] | None = None
         self._acceptor: threading.Thread | None = None
 
@@ -53,19 +57,19 @@ class Forwarder:
 
     def stop(self, deadline: float) -> list[str]:
         self._stopping = True
-        if self._wake is not None:
-            self._wake[1].close()
+        # A forked process may have all of these too: closing them here would not end them.
+        for sock in [*self._listeners, *(self._wake or ())]:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
         if self._acceptor is not None and self._acceptor.is_alive():
             self._acceptor.join(max(0.0, deadline - time.monotonic()))
-        for listener in self._listeners:
-            listener.close()
-        if self._wake is not None:
-            self._wake[0].close()
+        for sock in [*self._listeners, *(self._wake or ())]:
+            sock.close()
         with self._lock:
             relays = list(self._relays)
         for relay in relays:
             relay.end()
-        problems = self._link.close(deadline)
+        problems = self._link.close(deadline)  # which ends the channels
         for relay in relays:
             relay.join(deadline)
         for forward in self._forwards:
@@ -75,7 +79,8 @@ class Forwarder:
         return problems
 
     def status(self) -> LinkStatus:
-        return self._link.status(len(self._relays))
+        forbidden = tuple(forward.remote_port for forward in self._forwards if forward in self._forbidden)
+        return replace(self._link.status(len(self._relays)), forbidden=forbidden)
 
     def _accept(self) -> None:
         assert self._wake is not None  # noqa: S101 - for the type checker
@@ -111,7 +116,25 @@ class Forwarder:
 
     def open(self, forward: Forward) -> paramiko.Channel:
         """Open a connection to where a forward leads."""
-        return self._link.channel(forward.remote_host, forward.remote_port)
+        try:
+            channel = self._link.channel(forward.remote_host, forward.remote_port)
+        except paramiko.ChannelException as error:
+            if error.code == paramiko.common.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED:
+                self._forbid(forward)
+            raise
+        self._forbidden.discard(forward)
+        return channel
+
+    def _forbid(self, forward: Forward) -> None:
+        where = bracketed(forward.remote_host, forward.remote_port)
+        needed = "its sshd_config needs 'AllowTcpForwarding yes'"
+        said = f"The SSH server forbids connections to {where}: {needed}"
+        self._link.note(said)
+        with self._lock:
+            is_new = forward not in self._forbidden
+            self._forbidden.add(forward)
+        if is_new:
+            log.warning("%s", said)
 
     def forget(self, relay: _Relay) -> None:
         """Take a connection off the list, for it has ended."""
@@ -127,6 +150,8 @@ class _Relay:
         self._client, self._owner = client, owner
         self._channel: paramiko.Channel | None = None
         self._ending = False
+        self._over = False  # what the client still sends is of no interest
+        self._client_ended = False
         self._down = threading.Thread(target=self._run, name="ray-tunnels-down", daemon=True)
         self._up = threading.Thread(target=self._send, name="ray-tunnels-up", daemon=True)
 
@@ -141,13 +166,10 @@ class _Relay:
         self._down.start()
 
     def end(self) -> None:
-        """Have both threads come to an end."""
+        """Have both threads come to an end, once the link is closed too."""
         self._ending = True
         with contextlib.suppress(OSError):
             self._client.shutdown(socket.SHUT_RDWR)
-        if self._channel is not None:
-            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
-                self._channel.close()
 
     def join(self, deadline: float) -> None:
         self._down.join(max(0.0, deadline - time.monotonic()))
@@ -184,15 +206,31 @@ class _Relay:
         try:
             while data := self._client.recv(size):
                 channel.sendall(data)
+            self._client_ended = not self._over
             channel.shutdown_write()
         except (paramiko.SSHException, EOFError, OSError):
             with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
                 channel.close()
+            self._drop(size)
+
+    def _drop(self, size: int) -> None:
+        """Take what the client still sends, so that it comes to read that the other side has ended."""
+        deadline = time.monotonic() + _LINGER_SECONDS
+        with contextlib.suppress(OSError):
+            while not self._over and not self._ending and time.monotonic() < deadline:
+                if not self._client.recv(size):
+                    self._client_ended = not self._over
+                    return
 
     def _finish(self, in_order: bool) -> None:
         channel = self._channel
-        if self._up.is_alive() and (not in_order or (channel is not None and channel.closed)):
+        if in_order and channel is not None:
+            while self._up.is_alive() and not channel.closed:
+                self._up.join(_LOOK)
+            self._up.join(_LINGER_SECONDS)
+        if self._up.is_alive():
             # Nothing comes of it any more: wake the other thread. This tells the client nothing yet.
+            self._over = True
             with contextlib.suppress(OSError):
                 self._client.shutdown(socket.SHUT_RD)
             if channel is not None:
@@ -203,7 +241,7 @@ class _Relay:
         if channel is not None:
             with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
                 channel.close()
-        if not in_order and not self._ending:
+        if not (in_order and self._client_ended) and not self._ending:
             with contextlib.suppress(OSError):
                 self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._client.close()

@@ -1,7 +1,7 @@
 """Any engine in a process of its own, which a busy Python process does not slow down.
 
 The process is told what to do, secrets too, over its standard input, and answers in lines of JSON. It ends
-with its standard input, that is, with the process that it works for.
+with its standard input, or with the process that it works for, whose forks may hold the former open.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Isolated:
             "engine": name,
             "login": asdict(login),
             "forwards": [asdict(forward) for forward in forwards],
+            "parent": os.getpid(),
             "path": [os.path.abspath(entry or ".") for entry in sys.path],
         }
         self._where = login.where
@@ -61,7 +62,8 @@ class Isolated:
             name: text for name, text in os.environ.items() if not name.startswith(("RAY_", "YD_"))
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT],
+            # -I: without it, a json.py in the current directory would be told all that follows.
+            [sys.executable, "-I", "-c", _BOOT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # an interrupt at the terminal is not for it
@@ -149,17 +151,26 @@ class _Lines(logging.Handler):
 
 
 class _Commands:
-    """What this process is told after its start: only to stop, by a line or by the end of them."""
+    """What this process is told after its start: only to stop: by a line, or when its parent has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, parent: int) -> None:
         self.stop = threading.Event()
         self.seconds = 1.0
         threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._watch, args=(parent,), daemon=True).start()
+
+    def _watch(self, parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(_STATUS_SECONDS)
+        self._end()
 
     def _read(self) -> None:
         line = sys.stdin.buffer.readline()
         if line:
             self.seconds = float(json.loads(line)["stop"])
+        self._end()
+
+    def _end(self) -> None:
         self.stop.set()
         # Whatever holds this process up: nobody waits for it.
         time.sleep(self.seconds + 1)
@@ -173,7 +184,7 @@ def serve(told: dict[str, Any]) -> None:
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    commands = _Commands()
+    commands = _Commands(told["parent"])
     forwards = [Forward(**forward) for forward in told["forwards"]]
     engine: Engine = make_engine(told["engine"], Login(**told["login"]), forwards)
     try:

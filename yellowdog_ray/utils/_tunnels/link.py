@@ -109,10 +109,15 @@ class Link:
                 )
             except paramiko.ChannelException:
                 raise
-            except (paramiko.SSHException, EOFError, OSError):
+            except Exception:  # paramiko's thread passes on whatever has ended it
                 if connection.is_active or time.monotonic() > deadline:
                     raise
                 self._lost(connection, "it was closed by the server or the network")
+
+    def note(self, error: str) -> None:
+        """Have the status tell of an error that has not ended the connection."""
+        with self._condition:
+            self._last_error = error
 
     def status(self, connections: int) -> LinkStatus:
         """Tell how it is doing."""
@@ -192,9 +197,11 @@ class Link:
         while not self._closing.is_set():
             try:
                 self._take(self._connector.connect(cancel=self._cancel))
-            except TunnelError as error:
+            except Exception as error:
+                if not isinstance(error, TunnelError):  # no more threads, for one
+                    log.warning("The SSH connection to %s could not be made again: %r", self._where, error)
                 with self._condition:
-                    self._last_error = str(error)
+                    self._last_error = str(error) or type(error).__name__
                     if isinstance(error, HostKeyError):
                         self._say("refused")
                         log.error("The SSH connection to %s is not made again: %s", self._where, error)

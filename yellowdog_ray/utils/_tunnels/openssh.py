@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import logging
 import os
+import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -15,7 +19,7 @@ from pathlib import Path
 
 from yellowdog_ray.errors import HostKeyError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.connection import CONNECT_TIMEOUT
-from yellowdog_ray.utils._ssh.hostkeys import HostKey, default_record
+from yellowdog_ray.utils._ssh.hostkeys import HostKey, default_record, option_value
 from yellowdog_ray.utils._ssh.route import USER_CONFIG, Login
 from yellowdog_ray.utils._tunnels.engines import (
     FIRST_PAUSE,
@@ -93,7 +97,7 @@ class OpenSSH:
 
         :raises TunnelError: with what it has said.
         """
-        record = self._record()
+        record, unwritable = self._record()
         before = record.read_bytes() if record is not None and record.exists() else b""
         run = _Run(self._command(record))
         with self._lock:
@@ -105,7 +109,19 @@ class OpenSSH:
             raise TunnelError("The tunnels were stopped while they were started")
         if not run.wait_until_ready(4 * CONNECT_TIMEOUT):
             run.end(time.monotonic() + _END_SECONDS)
-            raise self._problem(run.said)
+            raise self._problem(run)
+        if not _is_taken(self._forwards[-1], self._ports[-1]):
+            run.end(time.monotonic() + _END_SECONDS)
+            raise TunnelError(
+                f"ssh is connected to {self._login.where}, but does not listen on its local ports: "
+                f"{run.said or 'a setting of yours may keep it from that'}"
+            )
+        if unwritable is not None and not self._login.strict:
+            log.warning(
+                "The key of %s could not be recorded in %s (%s): unless a known_hosts file of yours names "
+                "it, it is believed here, and would be whatever it is",
+                *(self._login.where, record, unwritable),
+            )
         if record is not None and record.exists() and record.read_bytes() != before:
             record.chmod(0o600)
             log.warning(
@@ -125,10 +141,8 @@ class OpenSSH:
             if self._closing.is_set():
                 return
             with self._lock:
-                said = run.said if run is not None else ""
-                self._last_error = (
-                    f"The SSH connection to {self._login.where} was lost: {said or 'ssh ended'}"
-                )
+                said = f"{run.said} ({run.fate})" if run is not None else "ssh has ended"
+                self._last_error = f"The SSH connection to {self._login.where} was lost: {said}"
                 self._say("down")
             if run is not None:
                 run.end(time.monotonic() + _END_SECONDS)
@@ -155,26 +169,32 @@ class OpenSSH:
                 return True
         return False
 
-    def _record(self) -> Path | None:
-        """Tell the file for a key on first use; None where the key is pinned."""
+    def _record(self) -> tuple[Path | None, str | None]:
+        """Tell the file for a key on first use, None where it is pinned; and why it cannot be written."""
         if self._login.host_key is not None:
-            return None
+            return None, None
         record = Path(self._login.record) if self._login.record else default_record(self._login.host)
-        with contextlib.suppress(OSError):  # then ssh says that it could not write it
+        try:
             record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return record
+            os.close(os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
+        except OSError as error:  # ssh would go on without a word
+            return record, error.strerror or str(error)
+        return record, None
 
     def _command(self, record: Path | None) -> list[str]:
         login = self._login
         options = {
+            **_own_session(),
             "BatchMode": "yes",
             "Ciphers": "^aes128-gcm@openssh.com,aes256-gcm@openssh.com",
+            "ClearAllForwardings": "no",
             "ConnectTimeout": f"{CONNECT_TIMEOUT:.0f}",
             "ControlMaster": "no",
             "ControlPath": "none",
             "ExitOnForwardFailure": "yes",
             "ForwardAgent": "no",
             "LogLevel": "ERROR",
+            "RemoteCommand": "none",
             "RequestTTY": "no",
             "ServerAliveCountMax": "6",  # which makes 14 s until a silent server is taken for dead
             "ServerAliveInterval": "2",
@@ -186,7 +206,7 @@ class OpenSSH:
             known = Path(self._directory.name, "known_hosts")
             known.write_text(f"{_PINNED} {HostKey.parse(login.host_key).line}\n")
             options |= {
-                "UserKnownHostsFile": _quoted(known),
+                "UserKnownHostsFile": option_value(known),
                 "GlobalKnownHostsFile": "/dev/null",
                 "HostKeyAlias": _PINNED,
                 "StrictHostKeyChecking": "yes",
@@ -194,7 +214,7 @@ class OpenSSH:
         else:
             options |= {
                 # The first one is where ssh adds a key.
-                "UserKnownHostsFile": f"{_quoted(record)} ~/.ssh/known_hosts ~/.ssh/known_hosts2",
+                "UserKnownHostsFile": f"{option_value(record)} ~/.ssh/known_hosts ~/.ssh/known_hosts2",
                 "StrictHostKeyChecking": "yes" if login.strict else "accept-new",
                 "HashKnownHosts": "no",
                 "CheckHostIP": "no",
@@ -205,7 +225,7 @@ class OpenSSH:
         if login.port is not None:
             words += ["-p", str(login.port)]
         if login.key_file:
-            words += ["-i", login.key_file, "-o", "IdentitiesOnly=yes"]
+            options |= {"IdentityFile": option_value(login.key_file), "IdentitiesOnly": "yes"}
         if login.jump is not None:
             words += ["-J", login.jump]
         for name, value in options.items():
@@ -215,8 +235,8 @@ class OpenSSH:
             words += ["-L", ":".join(f"[{end}]" if ":" in str(end) else str(end) for end in ends)]
         return [*words, "--", login.host, _COMMAND]
 
-    def _problem(self, said: str) -> TunnelError:
-        where, said = self._login.where, said or "ssh has said nothing within its time"
+    def _problem(self, run: _Run) -> TunnelError:
+        where, said = self._login.where, f"{run.said or 'it has said nothing'} ({run.fate})"
         if "IDENTIFICATION HAS CHANGED" in said or "verification failed" in said:
             return HostKeyError(
                 f"{where} is not the server that was expected, its key has changed, or it is not known: "
@@ -227,9 +247,24 @@ class OpenSSH:
         return TunnelError(f"ssh did not open the tunnels to {where}: {said}")
 
 
-def _quoted(path: Path) -> str:
-    # Percent signs would begin a token of ssh's.
-    return f'"{path}"'.replace("%", "%%")
+@functools.cache
+def _own_session() -> dict[str, str]:
+    """List the options by which a session is what it is here, whatever the settings say."""
+    version = subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=False).stderr
+    found = re.match(r"OpenSSH_(\d+)\.(\d+)", version)
+    if found is None or (int(found[1]), int(found[2])) < (8, 7):  # it knows neither these nor the settings
+        return {}
+    return {"ForkAfterAuthentication": "no", "SessionType": "default", "StdinNull": "no"}
+
+
+def _is_taken(forward: Forward, port: int) -> bool:
+    """Tell whether somebody listens on a forward's local port; nothing on the other side hears of it."""
+    family = socket.AF_INET6 if ":" in forward.local_host else socket.AF_INET
+    try:
+        socket.create_server((forward.local_host, port), family=family).close()
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 class _Run:
@@ -238,7 +273,7 @@ class _Run:
     def __init__(self, command: list[str]) -> None:
         self._lines: deque[str] = deque(maxlen=20)
         self._ready = threading.Event()
-        self._got_ready = False
+        self._got_ready = self._ended_here = False
         # In a session of its own it has no terminal to ask anything at, and an interrupt is not for it.
         self.process = subprocess.Popen(
             command,
@@ -260,13 +295,25 @@ class _Run:
         """The end of what it has said, in one line."""
         return " ".join(line for line in self._lines if line.strip("@ "))
 
+    @property
+    def fate(self) -> str:
+        """What has become of it."""
+        status = self.process.poll()
+        if status is None or self._ended_here:
+            return "it was not ready within its time"
+        return f"ssh was ended by signal {-status}" if status < 0 else f"ssh ended with exit status {status}"
+
     def wait_until_ready(self, timeout: float) -> bool:
         """Wait until its ports are open; return whether they are."""
-        self._ready.wait(timeout)
+        if self._ready.wait(timeout) and not self._got_ready:
+            # It has closed its output, and is about to tell its exit status.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_END_SECONDS)
         return self.process.poll() is None and self._got_ready
 
     def end(self, deadline: float) -> list[str]:
         """End it until a deadline; return what is left then, a sentence each."""
+        self._ended_here = self.process.poll() is None
         with contextlib.suppress(OSError):
             self.process.terminate()
         try:
