@@ -155,13 +155,13 @@ def test_nothing_to_save_or_shut_down(tmp_path):
         RayDogClusterProxy("key", "secret").shut_down()
 
 
-@pytest.mark.parametrize("address", ["head.example", "192.0.2.1;id", "fe80::1%$(id)", "-oProxyCommand=x"])
+@pytest.mark.parametrize("address", ["head example", "192.0.2.1;id", "fe80::1%$(id)", "-oProxyCommand=x"])
 def test_addresses_are_addresses(tmp_path, address):
-    """A state whose head has no IP address is refused: ssh would be told what stands there."""
+    """A state whose head has no address is refused: ssh would be told what stands there."""
     head = {"name": "a-00-head", "role": "head", "group": "head-node", "internal_name": "h", "node_count": 1}
     values = {"cluster_name": "aa", "cluster_namespace": "bb", "work_requirement_id": None}
     path = tmp_path / "state.json"
-    for public_ip in (None, "", "192.0.2.1", "2001:db8::1"):
+    for public_ip in (None, "", "192.0.2.1", "2001:db8::1", "head.example"):
         pools = [{**head, "public_ip": public_ip}]
         path.write_text(json.dumps({**values, "worker_pool_ids": [], "pools": pools}))
         assert ClusterState.load(path).pools[0].public_ip == public_ip

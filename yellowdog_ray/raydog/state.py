@@ -8,7 +8,6 @@ The five keys that files of the existing package hold are always there and keep 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import os
 import re
@@ -17,15 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from yellowdog_ray.errors import SpecError, StateError
 from yellowdog_ray.raydog.specs import MAX_NAME, RayAuth, check_api_url
@@ -42,21 +33,13 @@ def _without_none(value: Any) -> Any:
     return [item for item in value if item is not None] if isinstance(value, list) else value
 
 
-def _address(value: str) -> str:
-    # What ssh is told to connect to, and what a ProxyCommand may get: a scope id could be any text.
-    if "%" in value:
-        raise ValueError("an address has no scope id here")
-    if value:  # of a node that has none, some platforms say nothing
-        ipaddress.ip_address(value)
-    return value
-
-
 # Ids become parts of URLs: nothing that is not an id may pass.
 WorkRequirementId = Annotated[str, Field(pattern=r"^ydid:workreq:[0-9A-Za-z:-]+$")]
 WorkerPoolId = Annotated[str, Field(pattern=r"^ydid:wrkrpool:[0-9A-Za-z:-]+$")]
 ComputeRequirementId = Annotated[str, Field(pattern=r"^ydid:compreq:[0-9A-Za-z:-]+$")]
 PlatformName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*[a-z0-9]$", max_length=MAX_NAME)]
-Address = Annotated[str, AfterValidator(_address)]
+# What ssh is told to connect to, and what a ProxyCommand may get. Of a node that has none, some platforms say nothing.
+Address = Annotated[str, Field(pattern=r"^([0-9A-Za-z:][0-9A-Za-z_.:-]*)?$")]
 _NAME = re.compile(r"[a-z][a-z0-9_-]*[a-z0-9]")
 
 
