@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import paramiko
@@ -33,6 +34,9 @@ class Transport(paramiko.Transport):
     thread sends meanwhile, and sshd ends the whole connection for it. What is sent late is dropped here,
     also where the server uses the number of the channel for the next one already.
 
+    While keys are exchanged again, what is sent has to wait. The thread that exchanges them must not: what it
+    answers to the CLOSE of a channel is held until then.
+
     :param sock: the open connection.
     """
 
@@ -40,6 +44,7 @@ class Transport(paramiko.Transport):
         # By the server's number of each open channel, something that is not the same for the next one of
         # this number.
         self._open: dict[int, object] = {}
+        self._held: list[paramiko.Message] = []  # until keys have been exchanged again
         super().__init__(sock, packetizer_class=Packetizer)  # type: ignore[arg-type]
 
     def _parse_channel_open_success(self, m: paramiko.Message) -> None:
@@ -52,7 +57,16 @@ class Transport(paramiko.Transport):
         packed = data.asbytes()
         if packed[0] in _CHANNEL_MESSAGES:
             data.meant_for = self._open.get(_channel(packed))  # type: ignore[attr-defined]
+        if threading.current_thread() is self and not self.clear_to_send.is_set():
+            self._held.append(data)
+            return
         super()._send_user_message(data)  # type: ignore[misc]
+
+    def _parse_newkeys(self, m: paramiko.Message) -> None:
+        super()._parse_newkeys(m)  # type: ignore[misc]
+        held, self._held = self._held, []
+        for message in held:
+            self._send_user_message(message)
 
     def _send_message(self, data: paramiko.Message) -> None:
         # paramiko holds a lock while it calls this for the messages of channels.
