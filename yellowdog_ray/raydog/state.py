@@ -38,7 +38,7 @@ WorkRequirementId = Annotated[str, Field(pattern=r"^ydid:workreq:[0-9A-Za-z:-]+$
 WorkerPoolId = Annotated[str, Field(pattern=r"^ydid:wrkrpool:[0-9A-Za-z:-]+$")]
 ComputeRequirementId = Annotated[str, Field(pattern=r"^ydid:compreq:[0-9A-Za-z:-]+$")]
 PlatformName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*[a-z0-9]$", max_length=MAX_NAME)]
-# What ssh is told to connect to, and what a ProxyCommand may get. Some platforms say nothing of a node without.
+# What ssh is told to connect to, and what a ProxyCommand may get. Some platforms give a node none.
 Address = Annotated[str, Field(pattern=r"^([0-9A-Za-z:][0-9A-Za-z_.:-]*)?$")]
 _NAME = re.compile(r"[a-z][a-z0-9_-]*[a-z0-9]")
 
