@@ -225,8 +225,8 @@ def nodes(served: Served) -> int:
 
 # -- persistent faults ---------------------------------------------------------------------------------
 
-# What a call may take of which a fault persists: being tried again, taking back and verifying take half a second
-# each at most, and other tests have the machine meanwhile.
+# What a call may take of which a fault persists: being tried again, taking back and verifying take half a
+# second each at most, and other tests have the machine meanwhile.
 PERSISTENT_SECONDS = 8.0
 _PERSISTENT = ("500", "429", "after", "hang", "404")
 _CREATING = {"provision pool", "add requirement", "add tasks", "write requirement"}
