@@ -51,14 +51,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of the package."""
-    session.install("-e", ".[local,ray]", "mypy>=1.11", "types-paramiko")
+    session.install("-e", ".[local,ray]", "mypy>=1.11", "types-paramiko", "pytest")
     session.run("mypy")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error."""
-    session.install("-e", ".[local,docs]")
+    session.install("-e", ".[local,docs]", "pytest")
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
 
 
