@@ -151,7 +151,8 @@ def test_life(server: SshServer, variant: str) -> None:
 def test_failed_starts(server: SshServer, variant: str, tmp_path: Path) -> None:
     """A start that fails says why, by its type too, and leaves no port, thread or process."""
     make_key(tmp_path / "other")
-    tunnels_to(server, variant, 1).start_tunnels()  # loads modules, and records the server's key
+    with tunnels_to(server, variant, 1):  # loads modules, and records the server's key
+        pass
     other_host = (tmp_path / "other.pub").read_text()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = int(taken.getsockname()[1])
