@@ -3,8 +3,8 @@
 Run as ``python benchmarks/tunnels.py`` on a machine that has ``/usr/sbin/sshd`` and ``ssh``; ``--ray`` adds
 Ray Client on a real head of the local platform. Every contender forwards from a process of its own to servers
 in another one, through an sshd started for this. All are measured in turn, round by round; what is printed
-are medians, and medians of the ratios within each round. sshtunnel is used as people use it: with its
-defaults, one connection for each port.
+are medians, and medians of the ratios within each round; the 200 connections at once, and what a busy process
+does, are measured once. sshtunnel is used as people use it: with its defaults, one connection for each port.
 """
 
 from __future__ import annotations
