@@ -24,6 +24,7 @@ from tests.ssh_fixtures import SshServer, echo_server, eventually, free_port, ma
 from yellowdog_ray.errors import HostKeyError, SpecError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.hostkeys import HostKey
 from yellowdog_ray.utils._ssh.transport import Packetizer
+from yellowdog_ray.utils._tunnels import openssh
 from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
 
 pytestmark = pytest.mark.sshd
@@ -588,10 +589,7 @@ def test_a_malformed_answer_while_reconnecting(tmp_path: Path) -> None:
             tunnels = tunnels_to(server, "paramiko", echo)
             tunnels.start_tunnels()
             assert ask(tunnels.ports[echo]) == b"hello"
-            for pid in _children_of(server.process.pid):
-                os.kill(pid, signal.SIGKILL)
-            server.process.kill()
-            server.process.wait()
+            end_with_connections(server)
         asked = threading.Event()
         with tunnels, socket.create_server(("127.0.0.1", server.port)) as listener:
             payload = b"\x14" + bytes(16) + (b"\x00\x00\x00\x04\xff\xfe\xfd\xfc" * 10) + bytes(5)
@@ -619,7 +617,9 @@ def test_a_malformed_answer_while_reconnecting(tmp_path: Path) -> None:
 
 
 def _children_of(pid: int) -> list[int]:
-    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # it has just ended
+        found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     return found + [below for child in found for below in _children_of(child)]
 
 
@@ -652,13 +652,7 @@ def test_remote_port_not_open_yet(server: SshServer, variant: str, capfd: pytest
 
 def end_with_connections(server: SshServer) -> None:
     """Kill an sshd and the processes of its connections."""
-    pids, found = [server.process.pid], []
-    while pids:
-        pid = pids.pop()
-        found.append(pid)
-        with contextlib.suppress(OSError):
-            pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    for pid in found:
+    for pid in (server.process.pid, *_children_of(server.process.pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     server.process.wait()
@@ -680,7 +674,7 @@ def test_a_killed_and_restarted_server(variant: str, tmp_path: Path) -> None:
             assert eventually(lambda: tunnels.status().state == "down")
             assert tunnels.status().last_error
             held: list[bytes] = []
-            client = threading.Thread(target=lambda: held.append(ask_patiently(port)))
+            client = threading.Thread(target=lambda: held.append(ask(port, timeout=30)))
             if variant in able("hold"):
                 client.start()
                 time.sleep(0.5)
@@ -694,10 +688,26 @@ def test_a_killed_and_restarted_server(variant: str, tmp_path: Path) -> None:
             assert ask(port) == b"hello"
 
 
-def ask_patiently(port: int) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
-        sock.sendall(b"hello")
-        return sock.recv(1) + sock.recv(10)
+def test_ssh_that_cannot_be_started_again(
+    server: SshServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried again, whatever the reason, and the reason is told."""
+    with echo_server() as echo, tunnels_to(server, "openssh", echo) as tunnels:
+        failed: list[int] = []
+
+        def start(command: list[str]) -> openssh._Run:
+            if not failed:
+                failed.append(1)
+                raise BlockingIOError("no more processes")
+            return run(command)
+
+        run, before = openssh._Run, tunnels._engine._run  # type: ignore[union-attr]
+        monkeypatch.setattr(openssh, "_Run", start)
+        before.process.kill()
+        assert eventually(lambda: tunnels.status().reconnects == 1, 15)
+        assert failed
+        assert "could not be made again: BlockingIOError('no more processes')" in caplog.text
+        assert ask(tunnels.ports[echo]) == b"hello"
 
 
 @pytest.mark.parametrize("variant", able("reconnect"))
@@ -726,12 +736,7 @@ def test_half_open_connections(tmp_path: Path) -> None:
         variants = able("half-open")
         assert {"paramiko", "isolated", "openssh"} <= set(variants)
         all_tunnels = [stack.enter_context(tunnels_to(server, variant, echo)) for variant in variants]
-        stopped = []
-        pids = [server.process.pid]
-        while pids:
-            children = Path(f"/proc/{(pid := pids.pop())}/task/{pid}/children").read_text().split()
-            pids += map(int, children)
-            stopped += map(int, children)
+        stopped = _children_of(server.process.pid)
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
         stack.callback(lambda: [os.kill(pid, signal.SIGKILL) for pid in stopped])

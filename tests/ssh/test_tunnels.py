@@ -51,10 +51,10 @@ def tunnels_to(server: SshServer, *specs: SSHTunnelSpec, **changes: object) -> R
     return RayTunnels("127.0.0.1", server.user, ray_tunnel_specs=list(specs), **arguments)
 
 
-def ask(port: int, data: bytes = b"hello") -> bytes:
+def ask(port: int, data: bytes = b"hello", timeout: float = 5) -> bytes:
     """Send data to a local port and return as much as was sent, or less where the connection ends."""
     answer = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
         sock.sendall(data)
         while len(answer) < len(data) and (more := sock.recv(65536)):
             answer += more
@@ -485,42 +485,38 @@ def test_the_users_own_key(ssh_server: SshServer, echo: int, home: Path) -> None
         assert ask(spec.local_port) == b"hello"
 
 
-def test_a_key_of_the_agent(
-    ssh_server: SshServer, echo: int, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without key and password, the keys of the user's SSH agent are tried."""
+@pytest.fixture
+def agent(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An SSH agent without keys."""
     # A path of its own: the names of sockets are short.
     with tempfile.TemporaryDirectory() as directory:
         agent = subprocess.Popen(["ssh-agent", "-D", "-a", f"{directory}/agent"], stdout=subprocess.DEVNULL)
         try:
             assert eventually(Path(directory, "agent").exists, 5)
             monkeypatch.setenv("SSH_AUTH_SOCK", f"{directory}/agent")
-            subprocess.run(["ssh-add", "-q", str(ssh_server.key)], check=True)
-            spec = to(echo)
-            with RayTunnels("127.0.0.1", ssh_server.user, ray_tunnel_specs=[spec], ssh_port=ssh_server.port):
-                assert ask(spec.local_port) == b"hello"
+            yield
         finally:
             agent.terminate()
             agent.wait()
 
 
-def test_more_keys_than_are_tried(ssh_server: SshServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_of_the_agent(ssh_server: SshServer, echo: int, agent: None) -> None:
+    """Without key and password, the keys of the user's SSH agent are tried."""
+    subprocess.run(["ssh-add", "-q", str(ssh_server.key)], check=True)
+    spec = to(echo)
+    with RayTunnels("127.0.0.1", ssh_server.user, ray_tunnel_specs=[spec], ssh_port=ssh_server.port):
+        assert ask(spec.local_port) == b"hello"
+
+
+def test_more_keys_than_are_tried(ssh_server: SshServer, home: Path, agent: None) -> None:
     """Of an agent with many keys, the first ones are tried, and the error tells how many were not."""
-    with tempfile.TemporaryDirectory() as directory:
-        agent = subprocess.Popen(["ssh-agent", "-D", "-a", f"{directory}/agent"], stdout=subprocess.DEVNULL)
-        try:
-            assert eventually(Path(directory, "agent").exists, 5)
-            monkeypatch.setenv("SSH_AUTH_SOCK", f"{directory}/agent")
-            names = [home / f"key{number}" for number in range(7)]
-            for name in names:
-                make_key(name)
-            subprocess.run(["ssh-add", "-q", *names], check=True)
-            with pytest.raises(SSHLoginError, match="2 more keys were not tried; name one") as caught:
-                tunnels_to(ssh_server, to(1), private_key_file=None).start_tunnels()
-            assert str(caught.value).count("of the SSH agent") == 5
-        finally:
-            agent.terminate()
-            agent.wait()
+    names = [home / f"key{number}" for number in range(7)]
+    for name in names:
+        make_key(name)
+    subprocess.run(["ssh-add", "-q", *names], check=True)
+    with pytest.raises(SSHLoginError, match="2 more keys were not tried; name one") as caught:
+        tunnels_to(ssh_server, to(1), private_key_file=None).start_tunnels()
+    assert str(caught.value).count("of the SSH agent") == 5
 
 
 @pytest.mark.sshd

@@ -20,6 +20,7 @@ from yellowdog_ray.errors import (
     WaitTimeoutError,
 )
 from yellowdog_ray.raydog.insight import ClusterInsight
+from yellowdog_ray.raydog.ports import CLIENT, DASHBOARD, GRAFANA, PROMETHEUS
 from yellowdog_ray.raydog.reach import Reach, SSHAccess
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ __all__ = ["ClusterSessions"]
 
 log = logging.getLogger(__name__)
 
-_CLIENT_PORT, _DASHBOARD_PORT = 10001, 8265
-_GRAFANA_PORT, _PROMETHEUS_PORT = 3000, 9090
 _LOOK = 0.2  # seconds between looks at whether Ray is ready
 # Where one of these is set, Ray's client for jobs goes there, whatever address it is given.
 _ELSEWHERE = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -69,12 +68,10 @@ class ClusterSessions(ClusterInsight):
         if not isinstance(access, SSHAccess):
             raise ClusterStateError("tunnels need SSH: give the cluster access=SSHAccess(...)")
         if ray_tunnel_specs is None:
-            usual = (_CLIENT_PORT, _DASHBOARD_PORT)
-            ray_tunnel_specs = [RayTunnels.basic_port_forward(port) for port in usual]
+            ray_tunnel_specs = [RayTunnels.basic_port_forward(port) for port in (CLIENT, DASHBOARD)]
             if (observability := self.observability_node_private_ip) is not None:
                 ray_tunnel_specs += [
-                    SSHTunnelSpec("localhost", port, observability, port)
-                    for port in (_GRAFANA_PORT, _PROMETHEUS_PORT)
+                    SSHTunnelSpec("localhost", port, observability, port) for port in (GRAFANA, PROMETHEUS)
                 ]
         return RayTunnels(
             address,
@@ -128,7 +125,7 @@ class ClusterSessions(ClusterInsight):
         self._check_head(timeout, exact=True)
         if self._ray_token() is not None and not self.use_ray_auth():
             raise ClusterStateError("Ray is connected in this process: call ray.shutdown() before")
-        with self._port(_CLIENT_PORT, engine, isolate) as address:
+        with self._port(CLIENT, engine, isolate) as address:
             context = ray.init(f"ray://{address}", **options)
             try:
                 yield context
@@ -164,7 +161,7 @@ class ClusterSessions(ClusterInsight):
         self._check_head(timeout, exact=False)
         token = self._ray_token()
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        with self._port(_DASHBOARD_PORT, engine, isolate) as address:
+        with self._port(DASHBOARD, engine, isolate) as address:
             yield _jobs_client(f"http://{address}", headers)
 
     def _check_disconnected(self) -> None:
@@ -205,7 +202,10 @@ class ClusterSessions(ClusterInsight):
             with self._lock:
                 self._running("there is nothing to connect to")
             if time.monotonic() > deadline:
-                raise WaitTimeoutError(f"Ray on the head was not ready after {seconds:g} s: {problem}")
+                raise WaitTimeoutError(
+                    f"Ray on the head was not ready after {seconds:g} s: {problem.rstrip('.')}. See "
+                    'get_logs("head-node") for what its task has printed'
+                )
             time.sleep(_LOOK)
 
     @contextmanager

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from yellowdog_ray.errors import ClusterStateError, SpecError, TunnelError, WaitTimeoutError
+from yellowdog_ray.raydog.ports import CLIENT, DASHBOARD, GRAFANA, PROMETHEUS
 from yellowdog_ray.utils._http import get
 
 if TYPE_CHECKING:
@@ -33,10 +34,6 @@ __all__ = ["LocalPort", "RayTunnels", "SSHTunnelSpec", "TunnelStatus"]
 
 log = logging.getLogger(__name__)
 
-_CLIENT_PORT = 10001
-_DASHBOARD_PORT = 8265
-_GRAFANA_PORT = 3000
-_PROMETHEUS_PORT = 9090
 _AGENT_PORT = 52365  # Ray's default for --dashboard-agent-listen-port
 _STOP_TIMEOUT = 1.9  # seconds
 _ANSWER_TIMEOUT = 10.0  # seconds
@@ -198,7 +195,7 @@ class RayTunnels:
         if not ssh_user:
             raise SpecError("An SSH user is needed, such as the one that the node's image was made with")
         if ray_tunnel_specs is None:
-            ray_tunnel_specs = [self.basic_port_forward(port) for port in (_CLIENT_PORT, _DASHBOARD_PORT)]
+            ray_tunnel_specs = [self.basic_port_forward(port) for port in (CLIENT, DASHBOARD)]
         if not ray_tunnel_specs:
             raise SpecError("ray_tunnel_specs names no port to forward")
         self._forwards = _forwards(ray_tunnel_specs, local_port)
@@ -319,22 +316,22 @@ class RayTunnels:
     @property
     def client_address(self) -> str | None:
         """What ``ray.init`` takes, such as ``"ray://127.0.0.1:10001"``; None if 10001 is not forwarded."""
-        return self._address("ray", _CLIENT_PORT)
+        return self._address("ray", CLIENT)
 
     @property
     def dashboard_url(self) -> str | None:
         """The dashboard's local URL, such as ``"http://127.0.0.1:8265"``; None if 8265 is not forwarded."""
-        return self._address("http", _DASHBOARD_PORT)
+        return self._address("http", DASHBOARD)
 
     @property
     def grafana_url(self) -> str | None:
         """Grafana's local URL, such as ``"http://127.0.0.1:3000"``; None if 3000 is not forwarded."""
-        return self._address("http", _GRAFANA_PORT)
+        return self._address("http", GRAFANA)
 
     @property
     def prometheus_url(self) -> str | None:
         """Prometheus's local URL, such as ``"http://127.0.0.1:9090"``; None if 9090 is not forwarded."""
-        return self._address("http", _PROMETHEUS_PORT)
+        return self._address("http", PROMETHEUS)
 
     def wait_for_ray(self, timeout: timedelta | float = timedelta(minutes=5)) -> None:
         """Wait until Ray on the head takes clients: some seconds after its task has started.
@@ -397,13 +394,15 @@ class RayTunnels:
         return self._login.where
 
     def _address(self, scheme: str, remote_port: int) -> str | None:
+        from yellowdog_ray.utils._ssh.route import bracketed
+
         local = self.ports.get(remote_port)
         if local is None:
             return None
         host = next(one.local_host for one in self._forwards if one.remote_port == remote_port)
         if host in ("localhost", "0.0.0.0"):  # noqa: S104
             host = "127.0.0.1"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{local}"
+        return f"{scheme}://{bracketed(host, local)}"
 
 
 def _forwards(specs: Sequence[SSHTunnelSpec], local_port: LocalPort | None) -> list[Forward]:

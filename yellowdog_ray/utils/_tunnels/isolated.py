@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from yellowdog_ray import errors
 from yellowdog_ray.errors import TunnelError
 from yellowdog_ray.utils._ssh.route import Login
-from yellowdog_ray.utils._tunnels.engines import Engine, Forward, LinkStatus, make_engine
+from yellowdog_ray.utils._tunnels.engines import Engine, Forward, LinkStatus, make_engine, own_environment
 
 __all__ = ["Isolated", "serve"]
 
@@ -57,17 +57,13 @@ class Isolated:
         self._stopping = False
 
     def start(self) -> list[int]:
-        # The variables of Ray and YellowDog are secrets that it does not need.
-        environment = {
-            name: text for name, text in os.environ.items() if not name.startswith(("RAY_", "YD_"))
-        }
         self._process = subprocess.Popen(
             # -I: without it, a json.py in the current directory would be told all that follows.
             [sys.executable, "-I", "-c", _BOOT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # an interrupt at the terminal is not for it
-            env=environment,
+            env=own_environment(),
         )
         self._reader = threading.Thread(target=self._read, name="ray-tunnels-helper", daemon=True)
         self._reader.start()

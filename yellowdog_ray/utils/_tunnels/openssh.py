@@ -28,6 +28,7 @@ from yellowdog_ray.utils._tunnels.engines import (
     Forward,
     LinkStatus,
     State,
+    own_environment,
 )
 from yellowdog_ray.utils._tunnels.ports import free_ports
 
@@ -156,11 +157,16 @@ class OpenSSH:
             pause = min(2 * pause, LONGEST_PAUSE)
             try:
                 self._launch()
-            except TunnelError as error:
+            except Exception as error:
+                if not isinstance(error, TunnelError):  # no more processes, for one
+                    log.warning(
+                        "The SSH connection to %s could not be made again: %r", self._login.where, error
+                    )
                 with self._lock:
-                    self._last_error = str(error)
+                    self._last_error = str(error) or type(error).__name__
                     if isinstance(error, HostKeyError) and not self._closing.is_set():
                         self._say("refused")
+                        log.error("The SSH connection to %s is not made again: %s", self._login.where, error)
                         return False
                 if isinstance(error, SSHLoginError):  # nobody is to be locked out for too many attempts
                     pause = LOGIN_PAUSE
@@ -281,7 +287,7 @@ class _Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            env={name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "YD_"))},
+            env=own_environment(),
         )
         self._readers = [
             threading.Thread(target=work, name="ray-tunnels-openssh-output", daemon=True)
