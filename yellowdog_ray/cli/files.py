@@ -10,31 +10,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from yellowdog_ray.cli.output import Output
+from yellowdog_ray.cli.output import DONE, FAILED, UNHEALTHY, Output
 from yellowdog_ray.cli.running import Interrupts, in_parallel
 from yellowdog_ray.errors import RayDogError, StateError
 from yellowdog_ray.raydog.journal import find_states, state_directory
 from yellowdog_ray.raydog.state import ClusterState
 
 __all__ = [
-    "DONE",
-    "FAILED",
-    "UNHEALTHY",
-    "USAGE",
     "Answer",
     "StateFile",
     "answer_all",
     "answer_one",
     "failed",
-    "newest",
     "newest_with_names",
     "not_asked",
     "read_files",
 ]
 
 log = logging.getLogger(__name__)
-
-DONE, FAILED, USAGE, UNHEALTHY = 0, 1, 2, 3
 
 
 @dataclass
@@ -171,7 +164,7 @@ def not_asked(file: StateFile) -> Answer:
     return Answer({"error": "interrupted"}, problem="it was not asked")
 
 
-def newest(state: ClusterState) -> ClusterState:
+def _newest(state: ClusterState) -> ClusterState:
     """Give what the cluster's own state file says, where it is on this machine."""
     if state.state_file is not None and state.build_id is not None:
         try:
@@ -189,7 +182,7 @@ def newest_with_names(file: StateFile) -> ClusterState:
     :raises StateError: where it was written by the existing package.
     """
     assert file.state is not None  # noqa: S101 - for the type checker
-    state = newest(file.state)
+    state = _newest(file.state)
     if state.build_id is None or state.cluster_name is None or state.cluster_namespace is None:
         raise StateError(
             "it was written by the existing package, which keeps too little in it to look at the cluster; "

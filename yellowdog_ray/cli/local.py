@@ -12,8 +12,7 @@ from datetime import datetime, timezone
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from yellowdog_ray.cli.files import DONE, FAILED, UNHEALTHY, USAGE
-from yellowdog_ray.cli.output import Output
+from yellowdog_ray.cli.output import DONE, FAILED, UNHEALTHY, USAGE, Output
 from yellowdog_ray.errors import RayDogError, SpecError
 
 if TYPE_CHECKING:

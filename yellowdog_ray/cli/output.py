@@ -1,4 +1,8 @@
-"""What the ``raydog`` command writes: results to the standard output, messages to the error stream."""
+"""What the ``raydog`` command says: results, messages, and an exit status.
+
+Results go to the standard output, messages to the error stream. It is loaded by every command, so it loads
+little itself.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-__all__ = ["Output"]
+__all__ = ["DONE", "FAILED", "UNHEALTHY", "USAGE", "Output"]
+
+DONE, FAILED, USAGE, UNHEALTHY = 0, 1, 2, 3
 
 
 class Output:

@@ -16,10 +16,6 @@ from urllib.parse import urlsplit
 
 from yellowdog_ray.cli.connect import connect
 from yellowdog_ray.cli.files import (
-    DONE,
-    FAILED,
-    UNHEALTHY,
-    USAGE,
     Answer,
     StateFile,
     answer_all,
@@ -28,7 +24,7 @@ from yellowdog_ray.cli.files import (
     not_asked,
     read_files,
 )
-from yellowdog_ray.cli.output import Output
+from yellowdog_ray.cli.output import DONE, FAILED, UNHEALTHY, USAGE, Output
 from yellowdog_ray.cli.running import Interrupts
 from yellowdog_ray.cli.settings import Key, UsageError, read_access, read_key
 from yellowdog_ray.errors import ClusterStateError, RayDogError, TeardownError
