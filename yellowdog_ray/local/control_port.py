@@ -38,7 +38,7 @@ from starlette.routing import Route
 
 from yellowdog_ray.errors import ClusterStateError, SpecError
 from yellowdog_ray.local.core import ControlPlane
-from yellowdog_ray.local.faults import Fault, number
+from yellowdog_ray.local.faults import Fault, number, text
 from yellowdog_ray.local.platform_faults import CapacityLimit, PlatformFaults, ProvisionFault
 from yellowdog_ray.local.scheduler import Scheduler
 
@@ -136,7 +136,10 @@ def books(core: ControlPlane, faults: PlatformFaults) -> dict[str, Any]:
 def read_fault(fields: dict[str, Any]) -> Fault:
     """Make a fault of requests out of JSON, in which ``body`` is text."""
     body = fields.get("body")
-    return Fault(**({**fields, "body": body.encode()} if body is not None else fields))
+    if body is None:
+        return Fault(**fields)
+    text("body", body)
+    return Fault(**{**fields, "body": body.encode()})
 
 
 class ControlPort:
@@ -229,7 +232,9 @@ class ControlPort:
     async def _clock(self, body: Any) -> Any:
         if self._advance is None:
             raise ClusterStateError("this platform's clock runs by itself")
-        seconds = body.get("advance")
+        if not isinstance(body, dict):
+            raise SpecError('what moves the clock is an object such as {"advance": 3600}')
+        seconds: Any = body.get("advance")
         number("advance", seconds)
         return {"time": self._advance(seconds)}
 
