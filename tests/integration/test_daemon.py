@@ -98,11 +98,9 @@ def sdk(account: LocalAccount) -> Iterator[PlatformClient]:
 
 
 def kill(account: LocalAccount) -> None:
-    """End a platform as `kill -9` does, and wait until its process is gone."""
-    process = os.pidfd_open(account.pid)
+    """End a platform as `kill -9` does, and wait until it holds its lock no more."""
     os.kill(account.pid, signal.SIGKILL)
     until(lambda: Home().holder() != account.pid)
-    os.close(process)
 
 
 def supervisors(account: LocalAccount) -> list[int]:
