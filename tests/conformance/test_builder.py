@@ -17,6 +17,7 @@ import pytest
 import requests
 from yellowdog_client.model import ComputeRequirementStatus
 
+from tests.clusters import SHORT, hurry, make
 from tests.controlplane import KEY_ID, SECRET, TEMPLATE, Fault, Served, serve
 from yellowdog_ray.errors import (
     BuildError,
@@ -34,28 +35,20 @@ from yellowdog_ray.errors import (
 )
 from yellowdog_ray.local.scheduler import SchedulerOptions
 from yellowdog_ray.raydog import assembly, building, plan, ray_auth, teardown, transport
-from yellowdog_ray.raydog import platform as platform_module
 from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
 from yellowdog_ray.raydog.platform import Build
-
-SHORT = timedelta(seconds=20)
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Persistent faults are given up on sooner than in the field."""
+    """Persistent faults are given up on sooner than in the field, and a little later than elsewhere."""
+    hurry(monkeypatch)
     monkeypatch.setattr(transport, "RETRY_SECONDS", 0.6)
     monkeypatch.setattr(transport, "FIRST_PAUSE", 0.02)
     monkeypatch.setattr(assembly, "SETTLE_SECONDS", 0.05)
-    monkeypatch.setattr(teardown, "STEP_SECONDS", 1.0)
     monkeypatch.setattr(teardown, "VERIFY_SECONDS", 1.0)
     monkeypatch.setattr(teardown, "LATE_SECONDS", 0.3)
     monkeypatch.setattr(teardown, "_CONFIRM_SECONDS", 0.1)
-    monkeypatch.setattr(transport, "NOT_YET_SECONDS", 0.3)
-    monkeypatch.setattr(platform_module, "NOT_YET_SECONDS", 0.3)
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.setattr(ray_auth, "_tokens", [])
 
 
 @pytest.fixture
@@ -63,20 +56,6 @@ def platform():
     with serve() as served:
         yield served
         assert_nothing_left(served)
-
-
-def make(served: Served, name: str = "demo", **options) -> RayDogCluster:
-    values = {
-        "yd_application_key_id": KEY_ID,
-        "yd_application_key_secret": SECRET,
-        "cluster_name": name,
-        "cluster_namespace": "test",
-        "head_node_compute_requirement_template_id": "test/small",
-        "head_node_ray_start_script": None,
-        "yd_platform_api_url": served.url,
-        **options,
-    }
-    return RayDogCluster(**values)
 
 
 def observed(served: Served, **options) -> RayDogCluster:
