@@ -8,7 +8,7 @@ YD_API_KEY_ID and YD_API_KEY_SECRET and, for what belongs to your account:
     RAYDOG_IMAGES_ID            an image, where the template names none
     RAYDOG_SSH_USER, RAYDOG_SSH_KEY   who may log in to the head, and the file of the private key
     RAYDOG_SSH_PORT             if the SSH servers of the nodes are not at port 22
-    RAYDOG_SSH_HOST_KEY         the head's public key; without it, the first one is believed
+    RAYDOG_SSH_HOST_KEY         the head's public key; without it, known_hosts or the first one counts
     YD_API_URL                  if your account is not at https://api.yellowdog.ai
 
 `raydog local start` prints all of these for a local platform that stays.
