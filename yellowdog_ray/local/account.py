@@ -39,7 +39,7 @@ class LocalAccount:
     :param isolation: what its nodes are made of.
     :param description: the same as a sentence.
     :param control_url: the base URL of its control port (see :mod:`yellowdog_ray.local.control_port`).
-    :param control_token: the token of that port, which is new when the key is.
+    :param control_token: the token of that port, which is new when the key or the port is.
     :param pid: its process.
     :param started: when it was started, in seconds since 1970.
     :param directory: where the files of its nodes are.
