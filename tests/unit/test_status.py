@@ -70,6 +70,9 @@ def test_sums_count_the_worker_pools_alone():
         (replace(STATUS, failure="the head has ended"), False),
         (with_pool(replace(SMALL, failed=failures(1))), False),
         (with_pool(replace(HEAD, failed=failures(1))), False),
+        (with_pool(replace(SMALL, failed=failures(2), unfinished=3)), False),
+        (with_pool(replace(SMALL, failed=failures(2), unfinished=4)), True),
+        (with_pool(replace(SMALL, failed=failures(2), unfinished=5)), True),
         (with_pool(replace(SMALL, problem="no capacity")), False),
     ],
 )

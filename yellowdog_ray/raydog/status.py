@@ -67,7 +67,8 @@ class PoolStatus:
     @property
     def missing(self) -> int:
         """How many nodes have failed and have not been replaced."""
-        return min(len(self.failed), self.wanted - (self.unfinished or 0)) if self.failed else 0
+        # While a pool grows there are more tasks than it is to have yet.
+        return min(len(self.failed), max(0, self.wanted - (self.unfinished or 0)))
 
 
 @dataclass(frozen=True)
