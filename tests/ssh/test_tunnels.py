@@ -72,6 +72,9 @@ def is_free(port: int) -> bool:
         socket.create_connection(("127.0.0.1", port), timeout=2).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:
+        # Whoever listens has accepted it and ended it before this could be told.
+        return False
     return False
 
 
