@@ -90,6 +90,24 @@ def test_an_impossible_task_fails_alone(
     assert line.next()["exit_code"] == 3
 
 
+@pytest.mark.parametrize("put", ["mkfifo", "mkdir", "ln -s taskdata.txt", ": #"])
+def test_a_task_may_do_away_with_its_output(line: Line, put: str) -> None:
+    """Whatever stands in its place, nobody waits for it or is led elsewhere."""
+    line.task("odd", f"echo here; rm taskoutput.txt; {put} taskoutput.txt")
+    assert line.next()["event"] == "task_started"
+    event = line.next()
+    assert (event["exit_code"], event["output_tail"]) == (0, "")
+
+
+@pytest.mark.parametrize(("lines", "kept"), [(400, 400), (401, 399), (1000, 399)])
+def test_the_end_of_the_output_is_kept(line: Line, lines: int, kept: int) -> None:
+    """All of 4000 bytes; of more, the last 4000 without their first line, which may be but a part of one."""
+    line.task("long", f"for ((i = 1; i <= {lines}; i++)); do printf '%09d\\n' $i; done")
+    assert line.next()["event"] == "task_started"
+    expected = [f"{number:09}" for number in range(1, lines + 1)]
+    assert line.next()["output_tail"].splitlines() == expected[-kept:]
+
+
 def test_ssh_connections_are_limited(line: Line) -> None:
     """Those beyond the limit are closed at once, with no process for them; who leaves makes room."""
 

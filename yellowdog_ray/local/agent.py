@@ -31,7 +31,8 @@ ABORT_GRACE = 60.0
 OUTPUT_TAIL = 4000
 """Bytes of a task's output that are kept beyond its directory."""
 MAX_SSH = 100
-"""How many SSH connections a node has at a time; whoever can reach it may open them, before they log in."""
+"""How many connections a node's SSH server has at a time where it is the system's, with a process for each;
+whoever can reach the node may open them, before they log in."""
 _TASK_COMMANDS = {"bash": "/bin/bash"}
 
 
@@ -304,13 +305,7 @@ def _kill_session(sid: int) -> None:
 
 
 def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            size = file.tell()
-            file.seek(max(0, size - OUTPUT_TAIL))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
+    output = linux.read_end(path, OUTPUT_TAIL + 1) or b""
+    text = output[-OUTPUT_TAIL:].decode(errors="replace")
     # A first line that was cut in two says nothing.
-    return text if size <= OUTPUT_TAIL else text.partition("\n")[2]
+    return text if len(output) <= OUTPUT_TAIL else text.partition("\n")[2]

@@ -181,17 +181,16 @@ def processes_with(variable: str, value: str) -> list[int]:
 
 def read_end(path: Path, count: int) -> bytes | None:
     """Read the last bytes of a file that somebody else writes; None where there is no such file."""
-    try:
+    with contextlib.suppress(OSError):
         # Whatever stands there in its place, nobody waits for it.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with open(fd, "rb") as file:
-        about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode):
-            return None
-        file.seek(max(0, about.st_size - count))
-        return file.read(count)
+        try:
+            about = os.fstat(fd)
+            if stat.S_ISREG(about.st_mode):
+                return os.pread(fd, count, max(0, about.st_size - count))
+        finally:
+            os.close(fd)
+    return None
 
 
 def write_private(path: Path, content: bytes) -> None:
