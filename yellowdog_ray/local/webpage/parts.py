@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Protocol, TypeVar
@@ -15,8 +15,8 @@ __all__ = [
     "Page",
     "Pager",
     "Table",
-    "choose",
     "counted",
+    "listing",
     "span",
     "status",
     "utc",
@@ -26,6 +26,7 @@ __all__ = [
 ROWS = 100
 """How many rows of a table are shown at a time."""
 
+_NOTHING_FOUND = "Nothing matches. Take the filter back to see all."
 _GOOD = frozenset(["COMPLETED", "RUNNING", "EXECUTING", "IDLE", "ACTIVE"])
 _BAD = frozenset(["FAILED", "FAILING", "LOST", "ERRORED", "ABORTED"])
 
@@ -129,15 +130,37 @@ class _Thing(Protocol):
 T = TypeVar("T", bound=_Thing)
 
 
-def choose(
-    ask: Ask, action: str, things: Iterable[T], name: Callable[[T], str], *, newest_first: bool = True
-) -> tuple[list[T], Pager]:
-    """Choose the things of one page out of all, by status, name and page.
+def listing(
+    ask: Ask,
+    action: str,
+    things: Collection[T],
+    name: Callable[[T], str],
+    columns: Sequence[str],
+    row: Callable[[T], Sequence[Cell]],
+    *,
+    empty: str = _NOTHING_FOUND,
+    heading: str = "Newest first",
+    newest_first: bool = True,
+) -> Table:
+    """Show those things that a page asks for, each in a row.
 
     :param action: the address of the page.
     :param things: all, the oldest first.
     :param name: gives what ``find`` looks into.
+    :param row: gives the cells of a thing, one for each column.
+    :param empty: what is said where there is no thing at all.
     """
+    chosen, pager = _choose(ask, action, things, name, newest_first)
+    rows = [row(each) for each in chosen]
+    return Table(
+        heading, columns, rows, [each.id for each in chosen], _NOTHING_FOUND if things else empty, pager
+    )
+
+
+def _choose(
+    ask: Ask, action: str, things: Iterable[T], name: Callable[[T], str], newest_first: bool
+) -> tuple[list[T], Pager]:
+    """Choose the things of one page out of all, by status, name and page."""
     everything = list(things)
     statuses = Counter(thing.status for thing in everything)
     if ask.status:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 from yellowdog_ray.local.core import ControlPlane
 from yellowdog_ray.local.entities import (
@@ -20,7 +20,6 @@ from yellowdog_ray.local.webpage.parts import Cell
 
 __all__ = [
     "LATEST",
-    "NOTHING_FOUND",
     "NO_POOL",
     "NO_WORK",
     "Site",
@@ -40,7 +39,6 @@ NO_POOL = (
     "There is no worker pool yet. Building a cluster provisions one for its head and one for each group of "
     "workers."
 )
-NOTHING_FOUND = "Nothing matches. Take the filter back to see all."
 _MAX_LINE = 200
 # Colours and movements of the cursor.
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -59,9 +57,8 @@ class Site:
         self._core, self._scheduler = core, core.scheduler
         self._base, self._read_output = base, read_output
 
-    def _at(self, *parts: str, **query: str) -> str:
-        path = "/".join((self._base, *(quote(part, safe=":") for part in parts)))
-        return f"{path}?{urlencode(query)}" if query else path
+    def _at(self, *parts: str) -> str:
+        return "/".join((self._base, *(quote(part, safe=":") for part in parts)))
 
     def _link(self, thing: object) -> Cell:
         """Name a thing, and lead to its page."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from yellowdog_ray.local.entities import (
     ComputeRequirement,
@@ -96,10 +97,7 @@ class Views(WorkViews, MachineViews):
         found = newest(scheduler, LATEST + 1)
         latest = self._happenings("Latest events", found[:LATEST])
         if len(found) > LATEST:
-            latest = Table(
-                latest.heading, latest.columns, latest.rows, latest.keys, "",
-                more=Cell("All events", self._at("events")),
-            )  # fmt: skip
+            latest = replace(latest, more=Cell("All events", self._at("events")))
         return Page("Overview", "", tables=[there, latest])
 
     def events(self, ask: Ask) -> Page:

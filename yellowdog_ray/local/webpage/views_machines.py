@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from yellowdog_ray.local.entities import (
-    Node,
-)
+from yellowdog_ray.local.entities import ComputeRequirement, Instance, Node, Pool
 from yellowdog_ray.local.webpage.parts import (
     ROWS,
     Ask,
     Cell,
     Page,
     Table,
-    choose,
     counted,
+    listing,
     status,
     when,
 )
 from yellowdog_ray.local.webpage.site import (
     NO_POOL,
-    NOTHING_FOUND,
     Site,
 )
 
@@ -33,23 +30,23 @@ class MachineViews(Site):
 
     def pools(self, ask: Ask) -> Page:
         """List the worker pools."""
-        chosen, pager = choose(
+
+        def row(pool: Pool) -> list[Cell]:
+            return [
+                self._link(pool), status(pool.status), when(pool.created), when(pool.changed),
+                counted(pool.node_counts), counted(pool.worker_counts), Cell(pool.spec.worker_tag or "none"),
+                Cell(pool.requirement.source_message or "", kind="lines"),
+            ]  # fmt: skip
+
+        table = listing(
             ask,
             self._at("pools"),
             self._scheduler.pools.values(),
             lambda pool: f"{pool.namespace}/{pool.name}",
+            ("Name", "Status", "Created", "Status since", "Nodes", "Workers", "Worker tag", "Message"),
+            row,
+            empty=NO_POOL,
         )
-        rows = [
-            [
-                self._link(pool), status(pool.status), when(pool.created), when(pool.changed),
-                counted(pool.node_counts), counted(pool.worker_counts), Cell(pool.spec.worker_tag or "none"),
-                Cell(pool.requirement.source_message or "", kind="lines"),
-            ]
-            for pool in chosen
-        ]  # fmt: skip
-        columns = ("Name", "Status", "Created", "Status since", "Nodes", "Workers", "Worker tag", "Message")
-        empty = NOTHING_FOUND if self._scheduler.pools else NO_POOL
-        table = Table("Newest first", columns, rows, [pool.id for pool in chosen], empty, pager)
         return Page("Worker pools", "pools", tables=[table])
 
     def pool(self, ask: Ask) -> Page | None:
@@ -92,25 +89,22 @@ class MachineViews(Site):
         return Page("Nodes", "nodes", tables=[table])
 
     def _node_table(self, ask: Ask, action: str, nodes: Mapping[str, Node], *, with_pool: bool) -> Table:
-        chosen, pager = choose(
-            ask, action, nodes.values(), lambda node: f"{node.instance.hostname} {node.instance.private_ip}"
-        )
-        rows = [
-            [
+        def row(node: Node) -> list[Cell]:
+            return [
                 self._link(node), *([self._link(node.pool)] if with_pool else []), status(node.status),
                 when(node.registered), when(node.deregistered), Cell(node.instance.private_ip or ""),
                 counted(Counter(worker.status for worker in node.workers)), self._tasks_on(node),
-            ]
-            for node in chosen
-        ]  # fmt: skip
+            ]  # fmt: skip
+
         pool = ("Worker pool",) if with_pool else ()
-        return Table(
-            "Nodes, newest first",
+        return listing(
+            ask,
+            action,
+            nodes.values(),
+            lambda node: f"{node.instance.hostname} {node.instance.private_ip}",
             ("Host name", *pool, "Status", "Registered", "Left", "Private address", "Workers", "Runs"),
-            rows,
-            [node.id for node in chosen],
-            NOTHING_FOUND,
-            pager,
+            row,
+            heading="Nodes, newest first",
         )
 
     def _tasks_on(self, node: Node) -> Cell:
@@ -163,33 +157,23 @@ class MachineViews(Site):
 
     def computes(self, ask: Ask) -> Page:
         """List the compute requirements."""
-        requirements = self._scheduler.requirements
-        chosen, pager = choose(
-            ask,
-            self._at("compute"),
-            requirements.values(),
-            lambda each: f"{each.usage.namespace}/{each.usage.name}",
-        )
-        rows = [
-            [
+
+        def row(each: ComputeRequirement) -> list[Cell]:
+            return [
                 self._link(each), status(each.status), when(each.created), when(each.changed),
                 Cell(f"{each.target:,}"), counted(each.counts), self._link(each.pool),
                 Cell(each.source_message or "", kind="lines"),
-            ]
-            for each in chosen
-        ]  # fmt: skip
-        columns = (
-            "Name",
-            "Status",
-            "Created",
-            "Status since",
-            "Wanted",
-            "Instances",
-            "Worker pool",
-            "Message",
+            ]  # fmt: skip
+
+        table = listing(
+            ask,
+            self._at("compute"),
+            self._scheduler.requirements.values(),
+            lambda each: f"{each.usage.namespace}/{each.usage.name}",
+            ("Name", "Status", "Created", "Status since", "Wanted", "Instances", "Worker pool", "Message"),
+            row,
+            empty=f"There is no compute requirement yet. {NO_POOL}",
         )
-        empty = NOTHING_FOUND if requirements else f"There is no compute requirement yet. {NO_POOL}"
-        table = Table("Newest first", columns, rows, [each.id for each in chosen], empty, pager)
         return Page("Compute requirements", "compute", tables=[table])
 
     def compute(self, ask: Ask) -> Page | None:
@@ -213,26 +197,22 @@ class MachineViews(Site):
             ("Tag", Cell(usage.tag or "none")),
             ("Id", Cell(requirement.id)),
         ]
-        chosen, pager = choose(
+
+        def row(each: Instance) -> list[Cell]:
+            return [
+                Cell(each.hostname), status(each.status), when(each.created), when(each.changed),
+                Cell(each.private_ip or ""), self._link(each.node), Cell(each.reason or "", kind="lines"),
+            ]  # fmt: skip
+
+        table = listing(
             ask,
             self._at("compute", requirement.id),
             requirement.instances.values(),
             lambda each: each.hostname,
-        )
-        rows = [
-            [
-                Cell(each.hostname), status(each.status), when(each.created), when(each.changed),
-                Cell(each.private_ip or ""), self._link(each.node), Cell(each.reason or "", kind="lines"),
-            ]
-            for each in chosen
-        ]  # fmt: skip
-        table = Table(
-            "Instances, newest first",
             ("Host name", "Status", "Requested", "Status since", "Private address", "Node", "Why it ended"),
-            rows,
-            [each.id for each in chosen],
-            NOTHING_FOUND if requirement.instances else "It has no instance: none was asked for.",
-            pager,
+            row,
+            empty="It has no instance: none was asked for.",
+            heading="Instances, newest first",
         )
         crumbs = [Cell("Compute requirements", self._at("compute"))]
         return Page(usage.name, "compute", crumbs, facts, [table])

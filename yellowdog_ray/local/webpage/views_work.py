@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from yellowdog_ray.local.asks import RunSpec
 from yellowdog_ray.local.entities import (
@@ -17,8 +17,8 @@ from yellowdog_ray.local.webpage.parts import (
     Cell,
     Page,
     Table,
-    choose,
     counted,
+    listing,
     span,
     status,
     when,
@@ -26,7 +26,6 @@ from yellowdog_ray.local.webpage.parts import (
 from yellowdog_ray.local.webpage.site import (
     LATEST,
     NO_WORK,
-    NOTHING_FOUND,
     Site,
     plain,
     reason,
@@ -46,26 +45,25 @@ class WorkViews(Site):
 
     def works(self, ask: Ask) -> Page:
         """List the work requirements."""
-        chosen, pager = choose(
+
+        def row(work: WorkRequirement) -> list[Cell]:
+            counts: Counter[str] = Counter()
+            for group in work.groups:
+                counts.update(group.counts)
+            return [
+                self._link(work), status(work.status), when(work.created), when(work.changed),
+                Cell(str(len(work.groups))), counted(counts),
+            ]  # fmt: skip
+
+        table = listing(
             ask,
             self._at("work"),
             self._scheduler.works.values(),
             lambda work: f"{work.namespace}/{work.name}",
+            ("Name", "Status", "Created", "Status since", "Task groups", "Tasks"),
+            row,
+            empty=NO_WORK,
         )
-        rows = []
-        for work in chosen:
-            counts: Counter[str] = Counter()
-            for group in work.groups:
-                counts.update(group.counts)
-            rows.append(
-                [
-                    self._link(work), status(work.status), when(work.created), when(work.changed),
-                    Cell(str(len(work.groups))), counted(counts),
-                ]
-            )  # fmt: skip
-        columns = ("Name", "Status", "Created", "Status since", "Task groups", "Tasks")
-        empty = NOTHING_FOUND if self._scheduler.works else NO_WORK
-        table = Table("Newest first", columns, rows, [work.id for work in chosen], empty, pager)
         return Page("Work requirements", "work", tables=[table])
 
     def work(self, ask: Ask) -> Page | None:
@@ -167,28 +165,26 @@ class WorkViews(Site):
             table = Table("Tasks", (), (), (), f"There is no task yet. {NO_WORK}")
         return Page("Tasks", "tasks", tables=[table])
 
-    def _task_table(self, ask: Ask, action: str, tasks: Iterable[Task], *, newest_first: bool) -> Table:
-        chosen, pager = choose(ask, action, tasks, task_name, newest_first=newest_first)
-        rows = [
-            [
+    def _task_table(self, ask: Ask, action: str, tasks: Collection[Task], *, newest_first: bool) -> Table:
+        def row(task: Task) -> list[Cell]:
+            return [
                 self._link(task),
                 *([self._link(task.group.work), self._link(task.group)] if newest_first else []),
                 status(task.status), when(task.started), span(task.started, task.finished),
                 self._node_of(task), reason(task),
-            ]
-            for task in chosen
-        ]  # fmt: skip
-        return Table(
-            "Newest first" if newest_first else "Tasks",
-            (
-                "Name", *(("Work requirement", "Group") if newest_first else ()), "Status", "Started", "Took",
-                "Node", "Why it failed",
-            ),
-            rows,
-            [task.id for task in chosen],
-            NOTHING_FOUND,
-            pager,
-        )  # fmt: skip
+            ]  # fmt: skip
+
+        place = ("Work requirement", "Group") if newest_first else ()
+        return listing(
+            ask,
+            action,
+            tasks,
+            task_name,
+            ("Name", *place, "Status", "Started", "Took", "Node", "Why it failed"),
+            row,
+            heading="Newest first" if newest_first else "Tasks",
+            newest_first=newest_first,
+        )
 
     def task(self, ask: Ask) -> Page | None:
         """Show a task with its attempts and its output."""
