@@ -35,8 +35,13 @@ def web_link(url: str, secret: str) -> str:
     :param url: the base URL of the platform's API.
     :param secret: the secret of its application key.
     """
-    stamp = f"{time.time():.3f}.{secrets.token_urlsafe(16).replace('.', '')}"
-    return f"{url}{WEB_PATH}/open?ticket={stamp}.{_sign(secret, 'ticket', stamp)}"
+    return f"{url}{WEB_PATH}/open?ticket={_issue(secret, 'ticket', time.time())}"
+
+
+def _issue(secret: str, purpose: str, now: float) -> str:
+    """Return something new that is signed: its time, something random, and the signature."""
+    stamp = f"{now:.3f}.{secrets.token_urlsafe(16)}"
+    return f"{stamp}.{_sign(secret, purpose, stamp)}"
 
 
 def _sign(secret: str, purpose: str, text: str) -> str:
@@ -71,8 +76,7 @@ class Access:
         if issued is None or issued < self._since or issued + LINK_SECONDS <= now or stamp in self._used:
             return None
         self._used[stamp] = issued
-        stamp = f"{now:.3f}.{secrets.token_urlsafe(16).replace('.', '')}"
-        return f"{stamp}.{_sign(self._secret, 'session', stamp)}"
+        return _issue(self._secret, "session", now)
 
     def knows(self, session: str) -> bool:
         """Say whether this is a session."""
