@@ -53,9 +53,14 @@ class NodeGroup:
         )
 
     @property
+    def places(self) -> list[str]:
+        """The directories of those that there are, each once."""
+        return [group for group in dict.fromkeys((self.memory, self.cpu)) if group]
+
+    @property
     def doors(self) -> list[str]:
         """The files that take the process in which writes a 0 to them."""
-        return [f"{group}/cgroup.procs" for group in dict.fromkeys((self.memory, self.cpu)) if group]
+        return [f"{group}/cgroup.procs" for group in self.places]
 
     def killed(self) -> int:
         """Return how many processes the kernel has killed so far because the memory was used up."""
@@ -117,8 +122,8 @@ class Groups:
         :raises OSError: when they cannot be made.
         """
         group = self.node(node_id)
-        for path in {group.memory, group.cpu} - {None}:
-            os.makedirs(str(path), exist_ok=True)
+        for path in group.places:
+            os.makedirs(path, exist_ok=True)
         quota = max(1000, int(vcpus * _PERIOD))
         if group.memory:
             _set_first(group.memory, {"memory.max": memory, "memory.limit_in_bytes": memory})
@@ -131,9 +136,8 @@ class Groups:
 
     def remove(self, node_id: str) -> None:
         """Remove the groups of a node whose processes are ending; what stays goes with the platform."""
-        group = self.node(node_id)
-        for path in {group.memory, group.cpu} - {None}:
-            _remove(str(path), 0.2)
+        for path in self.node(node_id).places:
+            _remove(path, 0.2)
 
     def left(self) -> list[str]:
         """List the groups that there are."""

@@ -137,9 +137,7 @@ class Machines(Fleet):
             return
         node.cordoned = True
         self._forget_free(node)
-        for worker in node.workers:
-            if worker.task is None and worker.group is not None:
-                self._release(worker, now)
+        self._release_idle(node, now)
         self._settle(now)
 
     def resize_pool(self, pool_id: str, size: int, now: float) -> Pool:

@@ -283,11 +283,11 @@ class Call:
         size = self.whole("size", 1, MAX_SLICE) or MAX_SLICE
         start = self.whole("sliceId", 0, 1 << 40) or 0
         self.refuse_unread()
-        if sort is not None and sort not in sortable:
-            raise RefusedError.invalid(
-                f"sortField must be one of {', '.join(sorted(sortable))}, not {sort!r}"
-            )
         if sort is not None:
+            if sort not in sortable:
+                raise RefusedError.invalid(
+                    f"sortField must be one of {', '.join(sorted(sortable))}, not {sort!r}"
+                )
             # Dates and enums sort as texts; what lacks the field comes first.
             keyed = [(_sort_key(write(each), sort), each) for each in everything]
             keyed.sort(key=lambda pair: pair[0], reverse=direction == "DESCENDING")
