@@ -11,6 +11,14 @@ from pathlib import Path
 
 import pytest
 import requests
+from yellowdog_client import PlatformClient
+from yellowdog_client.model import (
+    ApiKey,
+    ComputeRequirementTemplateUsage,
+    NodeWorkerTarget,
+    ProvisionedWorkerPoolProperties,
+    ServicesSchema,
+)
 
 from tests.browser import PageReader
 from tests.controlplane import KEY_ID, SECRET, Fault, Served, serve
@@ -198,6 +206,28 @@ def test_it_costs_nothing_while_nothing_happens(platform: Served) -> None:
         platform.faults.faults = []
     assert everything.hits == 0
     assert platform.faults.requests == before
+
+
+def test_a_node_with_many_workers_says_that_not_all_are_shown() -> None:
+    """A table without further pages shows 100 rows, and the page says of how many."""
+    with serve(boot_delay=0.0) as platform:
+        with PlatformClient.create(ServicesSchema(defaultUrl=platform.url), ApiKey(KEY_ID, SECRET)) as client:
+            usage = ComputeRequirementTemplateUsage(
+                templateId="test/small",
+                requirementName="wide",
+                requirementNamespace="night",
+                targetInstanceCount=1,
+            )
+            workers = ProvisionedWorkerPoolProperties(createNodeWorkers=NodeWorkerTarget.per_node(1200))
+            client.worker_pool_client.provision_worker_pool(usage, workers)
+        nodes = platform.core.scheduler.nodes
+        deadline = time.monotonic() + 10
+        while not nodes:
+            assert time.monotonic() < deadline, "no node has registered"
+            time.sleep(0.01)
+        page = PageReader(platform.web_url).text(f"nodes/{next(iter(nodes))}")
+    assert "The first 100 of 1,200 workers." in page
+    assert page.count("<tr data-key=") == 100
 
 
 def test_nothing_of_it_is_loaded_before_it_is_opened() -> None:

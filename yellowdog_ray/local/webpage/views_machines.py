@@ -151,7 +151,8 @@ class MachineViews(Site):
             "It has no workers: its pool asks for none, so no task can run on it.",
         )
         crumbs = [Cell("Worker pools", self._at("pools")), self._link(node.pool)]
-        return Page(instance.hostname, "nodes", crumbs, facts, [workers])
+        notes = [f"The first {ROWS} of {len(node.workers):,} workers."] if len(node.workers) > ROWS else []
+        return Page(instance.hostname, "nodes", crumbs, facts, [workers], notes=notes)
 
     # ----------------------------------------------------------------------------------- compute
 
