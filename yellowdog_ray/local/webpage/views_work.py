@@ -222,7 +222,8 @@ class WorkViews(Site):
             "Errors, newest first",
             ("Time", "Kind", "Exit code", "Node", "What went wrong"),
             rows,
-            [f"{error.time} {number}" for number, error in enumerate(reversed(task.errors))],
+            # From the oldest on: a row's key stays the same when another comes.
+            [str(number) for number in reversed(range(len(task.errors)))],
             "No attempt of it has failed.",
         )
         heading, output = self._output(task)
