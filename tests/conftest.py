@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ from tests.browser import launch
 
 # In CI nothing may be left out for want of something that could have been installed.
 _REQUIRE_ALL = bool(os.environ.get("RAYDOG_TESTS_REQUIRE_ALL"))
+
+
+@pytest.fixture(autouse=True)
+def handlers_stay() -> Iterator[None]:
+    """A process that one test forks would get the signal handlers that another one has left."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.fixture(autouse=True)

@@ -344,11 +344,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--key-id", help="the id of the application key that it accepts (a new one)")
     parser.add_argument("--secret", help="the secret of that key (a new one)")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     try:
         control_plane = LocalControlPlane(**vars(parser.parse_args(argv)))
     except SpecError as problem:
         parser.error(str(problem))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with control_plane as platform:
         about = {
             "url": platform.url,
