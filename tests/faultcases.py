@@ -91,11 +91,11 @@ ONCE = {
 """Calls that a phase makes once only, and why: of these there is no later one."""
 
 TIMELY = {
-    ("build", "list nodes"): {"boot_delay": 0.3},
-    ("wait", "read requirement"): {"boot_delay": 0.3},
-    ("shut down", "read requirement"): {"stop_delay": 0.3},
-    ("shut down", "list pools"): {"stop_delay": 0.3},
-    ("shut down", "list compute"): {"stop_delay": 0.3},
+    ("build", "list nodes"): {"boot_delay": 0.8},
+    ("wait", "read requirement"): {"boot_delay": 0.8},
+    ("shut down", "read requirement"): {"stop_delay": 0.8},
+    ("shut down", "list pools"): {"stop_delay": 0.8},
+    ("shut down", "list compute"): {"stop_delay": 0.8},
 }
 """Calls of waits, and how slow the platform has to be for a later one to be made."""
 

@@ -31,7 +31,7 @@ IMPATIENT: tuple[tuple[Any, str, float], ...] = (
     (assembly, "SETTLE_SECONDS", 0.05),
     (teardown, "STEP_SECONDS", 5.0),
     (teardown, "VERIFY_SECONDS", 10.0),
-    (teardown, "LATE_SECONDS", 0.7),
+    (teardown, "LATE_SECONDS", 1.5),
     (teardown, "_CONFIRM_SECONDS", 0.3),
 )
 
