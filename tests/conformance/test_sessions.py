@@ -90,7 +90,7 @@ def dashboard() -> Iterator[tuple[str, list[str | None]]]:
 
 
 def test_the_token_goes_to_no_other_cluster(platform, monkeypatch):
-    """What the environment names as the cluster to use is not asked, and is still there afterwards."""
+    """What the environment names as the cluster or proxy to use is not asked, and stays as it was."""
     with (
         dashboard() as (ours, asked),
         dashboard() as (other, asked_other),
@@ -104,14 +104,19 @@ def test_the_token_goes_to_no_other_cluster(platform, monkeypatch):
 
         monkeypatch.setattr(cluster, "_check_head", lambda *_, **__: None)
         monkeypatch.setattr(cluster, "_port", port)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
         for name, value in (
             ("RAY_API_SERVER_ADDRESS", f"http://{other}"),
             ("RAY_ADDRESS", f"ray://{other}"),
+            ("http_proxy", f"http://{other}"),
+            ("ALL_PROXY", f"http://{other}"),
         ):
             with monkeypatch.context() as patch:
                 patch.setenv(name, value)
                 with cluster.jobs() as jobs:
                     assert jobs.get_address() == f"http://{ours}"
+                    assert jobs.get_version() == "4"
                     assert os.environ[name] == value
         assert asked_other == []
         assert set(asked) == {f"Bearer {cluster._ray_token()}"}

@@ -25,7 +25,7 @@ from yellowdog_ray.errors import (
 )
 from yellowdog_ray.raydog import reach as reach_module
 from yellowdog_ray.raydog.reach import RayNode, Reach, SSHAccess
-from yellowdog_ray.utils._ssh.connection import Connection
+from yellowdog_ray.utils._ssh.connection import Connection, Connector
 
 __all__ = ["embedded", "ssh_server"]  # the fixtures
 
@@ -150,8 +150,8 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
                 self.close_connection = True
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        monkeypatch.setattr(reach_module, "_DASHBOARD_PORT", server.server_address[1])
-        monkeypatch.setattr(reach_module, "_AGENT_PORT", server.server_address[1])
+        monkeypatch.setattr(reach_module, "DASHBOARD", server.server_address[1])
+        monkeypatch.setattr(reach_module, "AGENT", server.server_address[1])
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield head
@@ -288,16 +288,18 @@ def test_a_refused_login(embedded: SshServer, monkeypatch: pytest.MonkeyPatch) -
     )
     with Reach(["127.0.0.1"], access) as reach:
         attempts = 0
-        connect = reach._connect
+        connect = Connector.connect
 
-        def counted() -> Connection:
+        def counted(connector: Connector, timeout: float) -> Connection:
             nonlocal attempts
             attempts += 1
-            return connect()
+            return connect(connector, timeout)
 
-        monkeypatch.setattr(reach, "_connect", counted)
+        monkeypatch.setattr(Connector, "connect", counted)
         for _ in range(5):
             assert "does not let user" in (reach.health() or "")
+            with pytest.raises(SSHLoginError, match="does not let user"):
+                reach.ray_nodes()
         assert attempts == 1
         monkeypatch.setattr(reach_module, "_LOGIN_PAUSE", 0.0)
         monkeypatch.setattr(reach_module, "_LOGIN_GRACE", 0.5)

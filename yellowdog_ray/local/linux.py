@@ -193,24 +193,6 @@ def read_end(path: Path, count: int) -> bytes | None:
     return None
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file for this user only: whole, or not at all.
-
-    :raises OSError: with the file's name; what was there before is still there.
-    """
-    new = path.with_name(f"{path.name}.new")
-    try:
-        new.unlink(missing_ok=True)
-        with open(new, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600)) as file:
-            file.write(content)
-        os.replace(new, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        # A write that finds no space does not say where.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def remove_tree(directory: str | os.PathLike[str]) -> None:
     """Remove a directory with all in it, also what was made read-only; what cannot be removed stays."""
     shutil.rmtree(directory, ignore_errors=True)

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 from yellowdog_ray.errors import LocalPlatformError
-from yellowdog_ray.local import linux
+from yellowdog_ray.utils._files import write_private
 
 __all__ = ["SSHIdentity", "SSHServerError", "find_sshd", "require_ssh", "sshd_config"]
 
@@ -44,7 +44,7 @@ def _make_key(path: Path) -> str:
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
         )
-        linux.write_private(path, private)
+        write_private(path, private)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         # A key with a passphrase is a TypeError.
         raise LocalPlatformError(

@@ -36,6 +36,7 @@ from yellowdog_ray.local.node_ssh import SSHIdentity
 from yellowdog_ray.local.nodes import LocalNodes
 from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.local.webpage.access import web_link
+from yellowdog_ray.raydog import ports
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -57,7 +58,7 @@ _DIRECTORY_PREFIX = "raydog-local-"
 # Not TMPDIR: the names of Ray's sockets below it must fit into 107 bytes.
 _DIRECTORY_HOME = "/tmp"  # noqa: S108
 _START_TIMEOUT = 15.0
-_RAY_PORTS = (6379, 8080, 8265, 10001)
+_RAY_PORTS = (ports.GCS, ports.NODE_METRICS, ports.DASHBOARD, ports.CLIENT)
 
 
 @dataclass(frozen=True)

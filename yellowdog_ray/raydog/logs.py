@@ -16,8 +16,8 @@ from yellowdog_ray.errors import RayDogError
 from yellowdog_ray.raydog.platform import Platform
 from yellowdog_ray.raydog.pools import BuiltPool
 from yellowdog_ray.raydog.reach import Reach
-from yellowdog_ray.raydog.state import write_private
 from yellowdog_ray.raydog.transport import Operation
+from yellowdog_ray.utils._files import write_private
 
 if TYPE_CHECKING:
     from yellowdog_client.model import Task

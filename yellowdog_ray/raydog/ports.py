@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "AGENT",
     "AUTOSCALER_METRICS",
     "CLIENT",
     "DASHBOARD",
@@ -19,6 +20,8 @@ GCS = 6379
 CLIENT = 10001
 #: Ray's dashboard and its Jobs API on the head.
 DASHBOARD = 8265
+#: The dashboard's agent on every Ray node; Ray's default for ``--dashboard-agent-listen-port``.
+AGENT = 52365
 #: The metrics of every Ray node.
 NODE_METRICS = 8080
 #: The metrics of the autoscaler, on the head.

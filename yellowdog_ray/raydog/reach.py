@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from yellowdog_ray.errors import ClusterStateError, HostKeyError, SpecError, SSHLoginError, TunnelError
+from yellowdog_ray.raydog.ports import AGENT, DASHBOARD
 from yellowdog_ray.utils._http import excerpt, get
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ _LOGIN_GRACE = 60.0  # seconds from the first refused login
 _LOGIN_PAUSE = 3.0  # seconds between two refused logins
 _CLOSE_TIMEOUT = 1.0  # seconds to wait for the threads of a connection that is closed
 
-_DASHBOARD_PORT = 8265
-_AGENT_PORT = 52365  # Ray's default for --dashboard-agent-listen-port
 # Ray's dashboard refuses to list more at once (RAY_MAX_LIMIT_FROM_API_SERVER on the head).
 _NODE_LIMIT = 10_000
 
@@ -175,7 +174,8 @@ class Reach:
 
     Making one does nothing yet. It may be used by several threads at once. A call takes at most some 10 s to
     connect to each of the addresses and to log in, and 10 s for the answer. One that finds the SSH connection
-    lost makes a new one; where it was lost without a word, finding out takes some 15 s.
+    lost makes a new one; where it was lost without a word, finding out takes some 15 s. After a refused login
+    the next one is tried 3 s later; calls before that fail with what was said then.
 
     :param addresses: the head's addresses, the public one first; the first that answers is used.
     :param access: how to log in to the nodes; None for no SSH.
@@ -213,31 +213,24 @@ class Reach:
     def health(self) -> str | None:
         """Ask the head's own raylet whether it is well. That needs no token.
 
-        It is meant to be called again and again: after a refused login the next one is tried 3 s later, and
-        until then this returns what was said before.
+        It is meant to be called again and again.
 
         :returns: None if it is; else, in a sentence, why not: Ray's answer, or why there was none.
         :raises HostKeyError: where an SSH server's key is not the expected one.
         :raises SSHLoginError: where the user has not been let in for 60 s.
         :raises ClusterStateError: where this was closed.
         """
-        before = self._refusal
-        if before is not None and not self._closed and time.monotonic() < before.last + _LOGIN_PAUSE:
-            return before.reason
         try:
-            status, body = self._ask(_AGENT_PORT, "/api/local_raylet_healthz")
+            status, body = self._ask(AGENT, "/api/local_raylet_healthz")
         except HostKeyError:
             raise
         except SSHLoginError as error:
-            now = time.monotonic()
-            since = now if before is None else before.since
-            if now - since >= _LOGIN_GRACE:
+            refusal = self._refusal
+            if refusal is not None and refusal.last - refusal.since >= _LOGIN_GRACE:
                 raise
-            self._refusal = _Refusal(str(error), since, now)
             return str(error)
         except TunnelError as error:
             return str(error)
-        self._refusal = None
         return None if status == 200 else f"Ray on the head is not healthy: {excerpt(status, body)}"
 
     def ray_nodes(self) -> list[RayNode]:
@@ -264,12 +257,12 @@ class Reach:
         :raises ClusterStateError: where the token is refused, or this was closed.
         """
         try:
-            status, body = self._ask(_DASHBOARD_PORT, "/api/v0/cluster_metadata", self._token)
+            status, body = self._ask(DASHBOARD, "/api/v0/cluster_metadata", self._token)
         except TunnelError:
             if self._access is not None:
                 raise
             # Any page but those of its health needs the token, one that does not exist too.
-            status, body = self._ask(_AGENT_PORT, "/api/no-such-page", self._token)
+            status, body = self._ask(AGENT, "/api/no-such-page", self._token)
             self._check_token(status, body)
             return HeadVersions(None, None)
         self._check_token(status, body)
@@ -347,7 +340,7 @@ class Reach:
 
     def _list_nodes(self, selection: str) -> list[RayNode]:
         path = f"/api/v0/nodes?limit={_NODE_LIMIT}&timeout={_ANSWER_TIMEOUT:.0f}{selection}"
-        status, body = self._ask(_DASHBOARD_PORT, path, self._token)
+        status, body = self._ask(DASHBOARD, path, self._token)
         self._check_token(status, body)
         try:
             if status != 200:
@@ -441,10 +434,15 @@ class Reach:
         from yellowdog_ray.utils._ssh.channels import quicken
 
         problems: list[TunnelError] = []
+        before = self._refusal
+        if before is not None and time.monotonic() < before.last + _LOGIN_PAUSE:
+            raise SSHLoginError(before.reason)
         for address in self._addresses:
             try:
                 connection = self._connector(address).connect(_CONNECT_TIMEOUT)
-            except SSHLoginError:
+            except SSHLoginError as error:
+                now = time.monotonic()
+                self._refusal = _Refusal(str(error), now if before is None else before.since, now)
                 raise  # the other address is the same machine
             except TunnelError as error:
                 if isinstance(error, HostKeyError) and not problems:
@@ -452,6 +450,7 @@ class Reach:
                 # A private address alone may be another machine's, in the user's own network.
                 problems.append(error)
                 continue
+            self._refusal = None
             threading.Thread(
                 target=quicken, args=(connection.transport,), name="raydog-quicken", daemon=True
             ).start()

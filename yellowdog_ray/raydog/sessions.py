@@ -149,7 +149,8 @@ class ClusterSessions(ClusterInsight):
 
         It goes through a tunnel of its own to the dashboard, or, with ``access="direct"``, to the head's
         address, and sends the cluster's token by itself. It is this cluster's, whatever ``RAY_ADDRESS`` and
-        ``RAY_API_SERVER_ADDRESS`` say: these are taken out of the environment while the client is made.
+        ``RAY_API_SERVER_ADDRESS`` say, which are taken out of the environment while the client is made, and
+        goes through no proxy.
 
         :param timeout: how long to wait until Ray on the head is ready, as a timedelta or in seconds.
         :param engine: of the tunnel, see :class:`.RayTunnels`; ``isolate`` too.
@@ -228,10 +229,16 @@ def _jobs_client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
     """Make a client for the jobs of this address and no other one: the headers hold the token."""
     from ray.job_submission import JobSubmissionClient
 
+    class DirectClient(JobSubmissionClient):
+        """One that asks the head itself: a proxy of the environment would be shown the token."""
+
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            return super()._do_request(*arguments, **options, proxies={"http": None, "all": None})
+
     with _environment:
         kept = {name: os.environ.pop(name) for name in _ELSEWHERE if name in os.environ}
         try:
-            client = JobSubmissionClient(address, headers=headers)
+            client = DirectClient(address, headers=headers)
         finally:
             os.environ.update(kept)
     if client.get_address() != address:

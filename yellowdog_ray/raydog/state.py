@@ -7,11 +7,9 @@ The five keys that files of the existing package hold are always there and keep 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,8 +18,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from yellowdog_ray.errors import SpecError, StateError
 from yellowdog_ray.raydog.specs import MAX_NAME, RayAuth, check_api_url
+from yellowdog_ray.utils._files import write_private
 
-__all__ = ["FORMAT_VERSION", "ClusterState", "PoolState", "write_private"]
+__all__ = ["FORMAT_VERSION", "ClusterState", "PoolState"]
 
 FORMAT_VERSION = 1
 
@@ -219,32 +218,3 @@ class ClusterState(BaseModel):
         :raises OSError: where it cannot be read.
         """
         return cls.from_json(Path(path).read_bytes(), source=f"the file {os.fspath(path)}")
-
-
-def write_private(target: Path, text: str) -> None:
-    """Write a file whole or not at all, readable by its owner alone (mode 0600).
-
-    :raises OSError: where it cannot be written.
-    """
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_directory(target.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _sync_directory(directory: Path) -> None:
-    """Have a new name outlive a power failure, where the system can do that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 
 from yellowdog_ray.errors import StateError
-from yellowdog_ray.raydog.state import write_private
+from yellowdog_ray.utils._files import write_private
 
 __all__ = ["new_token", "read_token", "remove_token", "token_path", "write_token"]
 

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from yellowdog_ray.errors import ClusterStateError, SpecError, TunnelError, WaitTimeoutError
-from yellowdog_ray.raydog.ports import CLIENT, DASHBOARD, GRAFANA, PROMETHEUS
+from yellowdog_ray.raydog.ports import AGENT, CLIENT, DASHBOARD, GRAFANA, PROMETHEUS
 from yellowdog_ray.utils._http import get
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ __all__ = ["LocalPort", "RayTunnels", "SSHTunnelSpec", "TunnelStatus"]
 
 log = logging.getLogger(__name__)
 
-_AGENT_PORT = 52365  # Ray's default for --dashboard-agent-listen-port
 _STOP_TIMEOUT = 1.9  # seconds
 _ANSWER_TIMEOUT = 10.0  # seconds
 _LOCAL = ("localhost", "::1")
@@ -251,7 +250,7 @@ class RayTunnels:
                         *(forward.local_host, forward.remote_port),
                     )
             # One more, for wait_for_ray.
-            agent = Forward("127.0.0.1", 0, "127.0.0.1", _AGENT_PORT)
+            agent = Forward("127.0.0.1", 0, "127.0.0.1", AGENT)
             engine = make_engine(self._engine_name, self._login, [*self._forwards, agent], self._isolate)
             with self._lock:
                 self._engine = engine  # so that it can be stopped while it starts
@@ -355,10 +354,10 @@ class RayTunnels:
             if answer is None:
                 return
             engine = self._engine
-            if engine is not None and _AGENT_PORT in engine.status().forbidden:
+            if engine is not None and AGENT in engine.status().forbidden:
                 raise TunnelError(
                     f"Whether Ray on {self._host} is ready cannot be told: its SSH server forbids "
-                    f"connections to port {_AGENT_PORT}. Its sshd_config needs 'AllowTcpForwarding yes'"
+                    f"connections to port {AGENT}. Its sshd_config needs 'AllowTcpForwarding yes'"
                 )
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError(
@@ -426,9 +425,7 @@ def _ask_agent(port: int) -> str | None:
     """Ask whether the head's raylet is well; return what else was answered."""
     try:
         sock = socket.create_connection(("127.0.0.1", port), _ANSWER_TIMEOUT)
-        status, _ = get(
-            sock, f"Port {_AGENT_PORT} of the head", "/api/local_raylet_healthz", None, _ANSWER_TIMEOUT
-        )
+        status, _ = get(sock, f"Port {AGENT} of the head", "/api/local_raylet_healthz", None, _ANSWER_TIMEOUT)
     except TunnelError as error:
         return str(error)
     except OSError as error:
