@@ -26,7 +26,7 @@ def tests(session: nox.Session) -> None:
         session.run("pytest", *session.posargs)
         return
     # Without nodes a test mostly waits, so several go at once; real nodes need the machine for themselves.
-    at_once = str(os.cpu_count() or 1)
+    at_once = str(1 + (os.cpu_count() or 1))
     session.run(
         "pytest", "-n", at_once, "--dist", "loadgroup", "tests/unit", "tests/conformance", "tests/ssh"
     )
