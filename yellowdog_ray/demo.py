@@ -15,7 +15,8 @@ from typing import Any
 
 from yellowdog_ray.errors import LocalPlatformError, WaitTimeoutError
 from yellowdog_ray.local.host import NODE_MEMORY, free_memory
-from yellowdog_ray.local.platform import LocalPlatform, require_linux
+from yellowdog_ray.local.needs import require_linux
+from yellowdog_ray.local.platform import LocalPlatform
 from yellowdog_ray.raydog.builder import RayDogCluster
 from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels
 

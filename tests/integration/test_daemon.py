@@ -41,14 +41,14 @@ from yellowdog_ray import LocalPlatform, RayDogCluster
 from yellowdog_ray.cli import main
 from yellowdog_ray.errors import LocalPlatformError
 from yellowdog_ray.local import history
-from yellowdog_ray.local import platform as platform_module
+from yellowdog_ray.local import server as server_module
 from yellowdog_ray.local.account import LocalAccount
 from yellowdog_ray.local.history import WAS_KILLED, WAS_STOPPED
 from yellowdog_ray.local.home import Home
 from yellowdog_ray.local.linux import processes_with
 from yellowdog_ray.local.nodes import Isolation
-from yellowdog_ray.local.platform import Kept
 from yellowdog_ray.local.scheduler import Scheduler
+from yellowdog_ray.local.server import Kept
 from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.raydog.journal import find_states
 
@@ -339,7 +339,7 @@ def test_a_history_that_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         time.sleep(seconds * 1.5)
         load(self, scheduler)
 
-    monkeypatch.setattr(platform_module, "_START_TIMEOUT", seconds)
+    monkeypatch.setattr(server_module, "START_TIMEOUT", seconds)
     monkeypatch.setattr(history.History, "load", read_long)
     with LocalPlatform(kept=Kept("id", "secret", tmp_path)) as platform:
         assert platform.failure() is None

@@ -21,8 +21,9 @@ from yellowdog_client.model import ApiKey, NodeStatus, ServicesSchema, TaskStatu
 
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import LocalPlatformError
+from yellowdog_ray.local import directory as directory_module
 from yellowdog_ray.local import nodes as nodes_module
-from yellowdog_ray.local import platform as platform_module
+from yellowdog_ray.local import server as server_module
 from yellowdog_ray.local.linux import processes_with, remove_tree
 from yellowdog_ray.local.nodes import Isolation
 from yellowdog_ray.local.supervisor import NODE_FILES
@@ -127,7 +128,7 @@ def test_an_interrupted_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) ->
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(platform_module._Server, "start", interrupt)
+    monkeypatch.setattr(server_module.Server, "start", interrupt)
     platform = LocalPlatform()
     with pytest.raises(KeyboardInterrupt):
         platform.start()
@@ -185,7 +186,7 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(platform_module.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(directory_module.tempfile, "mkdtemp", full)
     with pytest.raises(LocalPlatformError, match="/tmp: No space left on device"):
         LocalPlatform().start()
 

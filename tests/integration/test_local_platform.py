@@ -37,8 +37,8 @@ from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecErro
 from yellowdog_ray.local.isolation import LACKS, Isolation
 from yellowdog_ray.local.linux import processes_with
 from yellowdog_ray.local.node_ssh import find_sshd
-from yellowdog_ray.local.platform import NodeTemplate
 from yellowdog_ray.local.supervisor import NODE_FILES
+from yellowdog_ray.local.template import NodeTemplate
 
 from .conftest import kinds
 
@@ -508,7 +508,7 @@ def test_plain_processes_need_rays_ports() -> None:
 
 def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without the memory for a node is told so at the start."""
-    monkeypatch.setattr("yellowdog_ray.local.platform.free_memory", lambda: 100 << 20)
+    monkeypatch.setattr("yellowdog_ray.local.needs.free_memory", lambda: 100 << 20)
     with pytest.raises(LocalPlatformError, match="100 MiB are free"):
         LocalPlatform().start()
 

@@ -21,7 +21,8 @@ from yellowdog_ray.errors import LocalPlatformError, SpecError
 from yellowdog_ray.local.daemon import Options, _make
 from yellowdog_ray.local.home import Home
 from yellowdog_ray.local.node_ssh import SSHIdentity
-from yellowdog_ray.local.platform import Kept, NodeTemplate, bind_loopback
+from yellowdog_ray.local.server import Kept, bind_loopback
+from yellowdog_ray.local.template import NodeTemplate
 from yellowdog_ray.utils._files import write_private
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the local platform needs Linux")

@@ -119,9 +119,9 @@ TURNS = """
 import time
 from pathlib import Path
 import pytest
-import yellowdog_ray.local.platform
+import yellowdog_ray.local.needs
 # Nothing runs Ray here, so what else has its ports does not matter.
-yellowdog_ray.local.platform._RAY_PORTS = ()
+yellowdog_ray.local.needs._RAY_PORTS = ()
 
 @pytest.fixture(scope="session")
 def raydog_local_platform_options():
@@ -158,8 +158,8 @@ def test_workers_of_xdist_share_no_ports(run, turns):
 
 
 BROKEN = """
-import yellowdog_ray.local.platform
-yellowdog_ray.local.platform.free_memory = lambda: 1 << 20
+import yellowdog_ray.local.needs
+yellowdog_ray.local.needs.free_memory = lambda: 1 << 20
 
 def test_it_runs(raydog_local_platform):
     pass

@@ -18,7 +18,7 @@ from yellowdog_ray.errors import RayDogError, SpecError
 if TYPE_CHECKING:
     from yellowdog_ray.local.account import LocalAccount
     from yellowdog_ray.local.home import Home
-    from yellowdog_ray.local.platform import NodeTemplate
+    from yellowdog_ray.local.template import NodeTemplate
 
 __all__ = ["run"]
 
@@ -83,7 +83,7 @@ def _start(home: Home, options: argparse.Namespace, output: Output) -> int:
 
 
 def _template(text: str) -> tuple[str, NodeTemplate]:
-    from yellowdog_ray.local.platform import NodeTemplate
+    from yellowdog_ray.local.template import NodeTemplate
 
     name, _, size = text.partition("=")
     vcpus, _, ram = size.partition(",")

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from yellowdog_ray.local.account import LocalAccount
     from yellowdog_ray.local.control_plane import LocalControlPlane
     from yellowdog_ray.local.faults import Fault
-    from yellowdog_ray.local.platform import LocalPlatform, NodeTemplate
+    from yellowdog_ray.local.platform import LocalPlatform
     from yellowdog_ray.local.platform_faults import PlatformFaults
+    from yellowdog_ray.local.template import NodeTemplate
 
 __all__ = [
     "Fault",
@@ -26,7 +27,7 @@ _HOMES = {
     "LocalAccount": "account",
     "LocalControlPlane": "control_plane",
     "LocalPlatform": "platform",
-    "NodeTemplate": "platform",
+    "NodeTemplate": "template",
     "PlatformFaults": "platform_faults",
 }
 

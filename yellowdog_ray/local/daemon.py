@@ -24,8 +24,11 @@ from yellowdog_ray.errors import LocalPlatformError, RayDogError
 from yellowdog_ray.local.account import LocalAccount
 from yellowdog_ray.local.history import forget
 from yellowdog_ray.local.home import Home, is_free, port_of
-from yellowdog_ray.local.platform import HISTORY, Kept, LocalPlatform, NodeTemplate, require_linux
+from yellowdog_ray.local.needs import require_linux
+from yellowdog_ray.local.platform import LocalPlatform
 from yellowdog_ray.local.records import from_plain
+from yellowdog_ray.local.server import HISTORY, Kept
+from yellowdog_ray.local.template import NodeTemplate
 
 __all__ = ["LocalAccount", "Options", "serve", "set_up_log"]
 

@@ -24,10 +24,13 @@ from platformdirs import user_state_path
 
 from yellowdog_ray.errors import LocalPlatformError, SpecError
 from yellowdog_ray.local.account import ANSWER_SECONDS, LocalAccount
+from yellowdog_ray.local.directory import remove_leftovers
 from yellowdog_ray.local.linux import processes_with
-from yellowdog_ray.local.platform import NodeTemplate, bind_loopback, forget_clusters, remove_leftovers
+from yellowdog_ray.local.platform import forget_clusters
 from yellowdog_ray.local.records import from_plain
+from yellowdog_ray.local.server import bind_loopback
 from yellowdog_ray.local.supervisor import NODE_FILES
+from yellowdog_ray.local.template import NodeTemplate
 from yellowdog_ray.utils._files import write_private
 
 __all__ = ["START_SECONDS", "Home", "is_free", "left_of", "port_of"]

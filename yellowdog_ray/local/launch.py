@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from yellowdog_ray.errors import LocalPlatformError
 from yellowdog_ray.local.account import LocalAccount
 from yellowdog_ray.local.home import START_SECONDS, Home, left_of
-from yellowdog_ray.local.platform import require_linux
+from yellowdog_ray.local.needs import require_linux
 from yellowdog_ray.local.process_node import import_path
 
 if TYPE_CHECKING:

@@ -6,102 +6,46 @@ of them needs a lock.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import enum
 import logging
 import os
 import secrets
-import signal
 import socket
-import sys
-import tempfile
-import threading
-import time
 import uuid
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
-from yellowdog_ray.local.cgroups import remove_all
-from yellowdog_ray.local.host import NODE_MEMORY, free_memory
+from yellowdog_ray.local.directory import (
+    DIRECTORY_HOME,
+    hold,
+    keep_from_ageing,
+    new_directory,
+    remove_leftovers,
+)
 from yellowdog_ray.local.isolation import Isolation
-from yellowdog_ray.local.linux import processes_with, remove_tree
+from yellowdog_ray.local.linux import remove_tree
+from yellowdog_ray.local.needs import require_linux, require_memory, require_packages, require_ray_ports
 from yellowdog_ray.local.node_ssh import SSHIdentity
 from yellowdog_ray.local.nodes import LocalNodes
-from yellowdog_ray.local.supervisor import NODE_FILES
+from yellowdog_ray.local.server import Kept, Server, bind_loopback
+from yellowdog_ray.local.template import DEFAULT_TEMPLATES, NodeTemplate, scheduler_with
 from yellowdog_ray.local.webpage.access import web_link
-from yellowdog_ray.raydog import ports
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
-
     from yellowdog_ray.local.account import LocalAccount
-    from yellowdog_ray.local.events import Event
-    from yellowdog_ray.local.history import History
     from yellowdog_ray.local.platform_faults import PlatformFaults
-    from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions
+    from yellowdog_ray.local.scheduler import SchedulerOptions
     from yellowdog_ray.raydog.reach import SSHAccess
 
-__all__ = ["DEFAULT_TEMPLATES", "Kept", "LocalPlatform", "NodeTemplate"]
+__all__ = ["LocalPlatform"]
 
 _log = logging.getLogger(__name__)
-
-HISTORY = "history.sqlite"
-"""The name of the file in which a platform that stays keeps its history."""
-_DIRECTORY_PREFIX = "raydog-local-"
-# Not TMPDIR: the names of Ray's sockets below it must fit into 107 bytes.
-_DIRECTORY_HOME = "/tmp"  # noqa: S108
-_START_TIMEOUT = 15.0
-_RAY_PORTS = (ports.GCS, ports.NODE_METRICS, ports.DASHBOARD, ports.CLIENT)
-
-
-@dataclass(frozen=True)
-class NodeTemplate:
-    """What a compute requirement template of the local platform says of its nodes.
-
-    The default scripts tell Ray that a node has this size (whole CPUs, and at least what Ray itself needs of
-    memory). Where control groups can be made, a node's processes are held to it.
-
-    :param vcpus: a node's virtual CPUs.
-    :param ram: its memory in GiB.
-    :raises SpecError: when one of them is not positive.
-    """
-
-    vcpus: float = 1
-    ram: float = 1
-
-    def __post_init__(self) -> None:
-        for name, value in (("vcpus", self.vcpus), ("ram", self.ram)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
-                raise SpecError(f"{name} of a node must be a positive number, not {value!r}")
-
-
-DEFAULT_TEMPLATES: Mapping[str, NodeTemplate] = {"local/node": NodeTemplate(ram=2)}
-"""The templates that a local platform has when it is not told others, by ``namespace/name``."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a platform goes on with that is not to be new each time.
-
-    :param key_id: the id of its application key.
-    :param secret: the secret of that key.
-    :param directory: where its SSH keys and its history are, for this user only; it is there already.
-    :param control_port: the TCP port of its control port; None for a free one.
-    :param control_token: the token of its control port; None for a new one.
-    """
-
-    key_id: str
-    secret: str = field(repr=False)
-    directory: Path
-    control_port: int | None = None
-    control_token: str | None = field(default=None, repr=False)
 
 
 class _State(enum.Enum):
@@ -164,7 +108,7 @@ class LocalPlatform:
         self._lock: int | None = None
         self._directory_lock: int | None = None
         self._nodes_made: LocalNodes | None = None
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._url: str | None = None
         self._kept = kept
         self._key_id = kept.key_id if kept else str(uuid.uuid4())
@@ -272,7 +216,7 @@ class LocalPlatform:
         return self._running_server.control.token
 
     @property
-    def _running_server(self) -> _Server:
+    def _running_server(self) -> Server:
         self._require_running()
         assert self._server is not None  # noqa: S101 - it is what runs
         return self._server
@@ -301,19 +245,15 @@ class LocalPlatform:
         if self._state is not _State.NEW:
             raise ClusterStateError(f"this platform cannot be started: {self._state.value}")
         require_linux()
-        _require_packages()
-        if free_memory() < NODE_MEMORY:
-            raise LocalPlatformError(
-                f"too little memory: {free_memory() >> 20} MiB are free, "
-                f"one Ray node needs {NODE_MEMORY >> 20} MiB"
-            )
+        require_packages()
+        require_memory()
         remove_leftovers()
         try:
             self._start()
         except BaseException as error:
             self._end()
             if isinstance(error, OSError) and not isinstance(error, LocalPlatformError):
-                where = error.filename or _DIRECTORY_HOME
+                where = error.filename or DIRECTORY_HOME
                 raise LocalPlatformError(
                     f"the local platform cannot work with {where}: {error.strerror or error}. "
                     "Is there space, and may this user write there?"
@@ -331,9 +271,9 @@ class LocalPlatform:
     def _start(self) -> None:
         self._owner = os.getpid()
         self._listener = bind_loopback(self._port)
-        self._directory = Path(tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=_DIRECTORY_HOME))
-        self._lock = _lock(self._directory)
-        self._directory_lock = _keep_from_ageing(self._directory)
+        self._directory = new_directory()
+        self._lock = hold(self._directory)
+        self._directory_lock = keep_from_ageing(self._directory)
         self._nodes_made = LocalNodes(
             self._directory,
             self._isolation,
@@ -343,8 +283,15 @@ class LocalPlatform:
             limits=self._limits,
         )
         if self._nodes.isolation is Isolation.PROCESSES:
-            _require_ray_ports(self._nodes)
-        self._server = _Server(self, self._listener, self._nodes)
+            require_ray_ports(self._nodes.isolation)
+        self._server = Server(
+            self._listener,
+            self._nodes,
+            scheduler_with(self._templates, self._options),
+            self._key_id,
+            self._secret,
+            self._kept,
+        )
         self._url = f"http://127.0.0.1:{self._server.port}"
         self._server.start()
 
@@ -428,260 +375,10 @@ class LocalPlatform:
             raise ClusterStateError(f"the local platform cannot be used: {self._state.value}")
 
 
-class _Server:
-    """The thread of a platform: its event loop, HTTP server and control plane."""
-
-    def __init__(self, platform: LocalPlatform, listener: socket.socket, nodes: LocalNodes) -> None:
-        from yellowdog_ray.local.control_port import ControlPort
-
-        self._platform, self._listener, self._nodes = platform, listener, nodes
-        kept = platform._kept
-        control = bind_loopback(kept.control_port if kept else None)
-        control.listen(128)
-        self._control_listener = control
-        self.control = ControlPort(control, kept.control_token if kept else None)
-        # A server closes its listener itself, and only its own descriptor of it.
-        self._listener_copies = [listener.dup(), control.dup()]
-        self.port: int = listener.getsockname()[1]
-        self.faults: PlatformFaults
-        self._scheduler = _scheduler(platform._templates, platform._options)
-        self._history: History | None = None
-        self._thread = threading.Thread(target=self._run, name="raydog-local-platform", daemon=True)
-        self._started = threading.Event()
-        self._failure: BaseException | None = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the API still answers."""
-        return self._thread.is_alive()
-
-    def start(self) -> None:
-        """Start the thread and return when the API answers.
-
-        :raises LocalPlatformError: when it does not.
-        """
-        kept = self._platform._kept
-        if kept is not None:
-            from yellowdog_ray.local.history import History
-
-            # Here, and not on the loop: a long history takes its time, and is no reason to give up.
-            self._history = History(kept.directory / HISTORY)
-            self._history.load(self._scheduler)
-        self._thread.start()
-        if not self._started.wait(_START_TIMEOUT) or self._failure:
-            raise LocalPlatformError(
-                f"the local platform's API did not start: {self._failure or 'no answer'}"
-            )
-
-    def stop(self) -> None:
-        """End the API and the thread."""
-        with contextlib.suppress(RuntimeError, AttributeError):
-            self._loop.call_soon_threadsafe(self._begin_stop)
-        if self._thread.ident is not None:
-            self._thread.join(_START_TIMEOUT)
-        elif self._history is not None:
-            self._history.close()
-        self._control_listener.close()
-        # A forked process may hold a copy of a socket: nobody is to wait for an answer there.
-        for copy in self._listener_copies:
-            with contextlib.suppress(OSError), copy:
-                copy.shutdown(socket.SHUT_RDWR)
-
-    def _begin_stop(self) -> None:
-        self._core.close()
-        self._uvicorn.should_exit = True
-        # A client that keeps its connection open must not keep the platform open.
-        self._uvicorn.force_exit = True
-        self.control.stop()
-
-    def _queue_event(self, event: Event) -> None:
-        self._loop.call_soon(self._core.on_event, event)
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:
-            self._failure = error
-        finally:
-            self._started.set()
-
-    async def _serve(self) -> None:
-        from yellowdog_ray.local.api import create_app
-        from yellowdog_ray.local.core import ControlPlane
-
-        self._loop = asyncio.get_running_loop()
-        self._core = ControlPlane(self._scheduler, self._loop, self._platform.key_id, self._platform.secret)
-        history = self._history
-        if history is None:
-            await self._serve_api(create_app(self._core))
-            return
-        history.follow(self._scheduler, self._loop)
-        self._core.saver = history.changed
-        try:
-            await self._serve_api(create_app(self._core))
-        finally:
-            history.close()
-
-    async def _serve_api(self, app: Starlette) -> None:
-        import uvicorn
-
-        from yellowdog_ray.local.platform_faults import FaultyMachines, PlatformFaults
-        from yellowdog_ray.local.webpage.front import Front
-
-        # Events may come while effects are being carried out; each waits for its turn.
-        machines = FaultyMachines(self._core, self._queue_event)
-        machines.machines = self._nodes
-        self._core.backend = machines
-        self._nodes.serve(self._loop, machines.on_event)
-        self.faults = PlatformFaults(app, self._core, machines)
-        control = self.control.prepare(self._core, self.faults)
-        front = Front(self.faults, self._core, self._platform.secret, self._nodes.task_output)
-        config = uvicorn.Config(front, log_config=None, access_log=False, lifespan="off", ws="none")
-        self._uvicorn = uvicorn.Server(config)
-        serving = asyncio.gather(self._uvicorn.serve(sockets=[self._listener]), self.control.serve())
-        while not (self._uvicorn.started and control.started) and not serving.done():
-            await asyncio.sleep(0.005)
-        self._started.set()
-        await serving
-
-
 def _close(reference: weakref.ref[LocalPlatform]) -> None:
     platform = reference()
     if platform is not None:
         platform.close()
-
-
-def _scheduler(templates: Mapping[str, NodeTemplate], options: SchedulerOptions | None) -> Scheduler:
-    from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions, Template
-
-    scheduler = Scheduler(options or SchedulerOptions(reuse_finished_names=True))
-    for full_name, template in templates.items():
-        namespace, _, name = full_name.partition("/")
-        scheduler.add_template(
-            Template(
-                namespace=namespace,
-                name=name,
-                id=f"ydid:crt:000000:{uuid.uuid5(uuid.NAMESPACE_DNS, full_name)}",
-                instance_type="local",
-                vcpus=template.vcpus,
-                ram=template.ram,
-                region="local",
-            )
-        )
-    return scheduler
-
-
-def remove_leftovers() -> None:
-    """Remove what platforms of this user left when they were killed together with their supervisors.
-
-    Namespaces need no care: the kernel has taken them apart. Plain processes may still be running.
-    """
-    for directory in Path(_DIRECTORY_HOME).glob(f"{_DIRECTORY_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if directory.lstat().st_uid != os.geteuid() or not _is_abandoned(directory):
-                continue
-            for pid in processes_with(NODE_FILES, str(directory)):
-                os.kill(pid, signal.SIGKILL)
-            remove_all(directory)
-            remove_tree(directory)
-
-
-def _is_abandoned(directory: Path) -> bool:
-    import fcntl
-
-    try:
-        fd = os.open(directory / "lock", os.O_RDWR)
-    except FileNotFoundError:
-        # One that is being made has no lock for a moment.
-        return time.time() - directory.stat().st_mtime > 60
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True
-
-
-def _lock(directory: Path) -> int:
-    """Take the lock that says that a directory is in use; it is held as long as a copy of it is open."""
-    import fcntl
-
-    # It gets its name when it is locked: a platform that starts meanwhile must not find it free.
-    fd = os.open(directory / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_SH)
-    os.rename(directory / "lock.new", directory / "lock")
-    return fd
-
-
-def _keep_from_ageing(directory: Path) -> int:
-    """Lock the directory itself: what removes old files from /tmp (systemd-tmpfiles) leaves it alone then."""
-    import fcntl
-
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.flock(fd, fcntl.LOCK_SH)
-    return fd
-
-
-def bind_loopback(port: int | None) -> socket.socket:
-    """Make the socket of an API on 127.0.0.1, at this port or, for None or 0, at a free one.
-
-    :raises LocalPlatformError: when the port is taken.
-    """
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Connections inherit it. asyncio would set it itself only on sockets that are explicitly of protocol
-    # TCP; without it, an answer that is sent in two parts waits 40 ms for the client's acknowledgement.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    try:
-        listener.bind(("127.0.0.1", port or 0))
-    except OSError as error:
-        listener.close()
-        raise LocalPlatformError(
-            f"the local platform's API cannot listen on 127.0.0.1:{port}: {error.strerror}; "
-            "choose another port"
-        ) from None
-    return listener
-
-
-def require_linux() -> None:
-    """Say at once where no node can be made, and what can be done there.
-
-    :raises LocalPlatformError: on any system but Linux.
-    """
-    if sys.platform != "linux":
-        raise LocalPlatformError(
-            f"the local platform's nodes need Linux, and this is {sys.platform}: start it in a Linux "
-            "container or virtual machine (no privileges are needed there). LocalControlPlane, whose nodes "
-            "are simulated, and clusters on YellowDog work here too"
-        )
-
-
-def _require_packages() -> None:
-    try:
-        import jinja2  # noqa: F401
-        import pyroute2  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise LocalPlatformError(
-            f"the local platform needs the package {error.name}: pip install 'yellowdog-ray[local,ray]'"
-        ) from None
-
-
-def _require_ray_ports(nodes: LocalNodes) -> None:
-    """Refuse to start where plain processes would meet somebody else's Ray on its ports."""
-    for port in _RAY_PORTS:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("0.0.0.0", port))  # noqa: S104
-            except OSError as error:
-                raise LocalPlatformError(
-                    f"port {port} is taken on this machine ({error.strerror}), and nodes that are "
-                    f"{nodes.isolation.sentence()} share its ports: end what uses it, or start the platform "
-                    "where it can make namespaces"
-                ) from None
 
 
 def forget_clusters(url: str) -> None:
