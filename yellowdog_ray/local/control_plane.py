@@ -35,7 +35,8 @@ from yellowdog_ray.local.control_port import ControlPort, read_fault, running
 from yellowdog_ray.local.core import ControlPlane
 from yellowdog_ray.local.events import StartNode
 from yellowdog_ray.local.faults import number
-from yellowdog_ray.local.platform_faults import CALL_SECONDS, FaultyMachines, PlatformFaults
+from yellowdog_ray.local.faulty_machines import FaultyMachines
+from yellowdog_ray.local.platform_faults import CALL_SECONDS, PlatformFaults
 from yellowdog_ray.local.scheduler import Scheduler, SchedulerOptions, Template
 from yellowdog_ray.local.server import bind_loopback
 from yellowdog_ray.local.simulated import SimulatedBackend

@@ -39,7 +39,8 @@ from starlette.routing import Route
 from yellowdog_ray.errors import ClusterStateError, SpecError
 from yellowdog_ray.local.core import ControlPlane
 from yellowdog_ray.local.faults import Fault, number, text
-from yellowdog_ray.local.platform_faults import CapacityLimit, PlatformFaults, ProvisionFault
+from yellowdog_ray.local.faulty_machines import CapacityLimit, ProvisionFault
+from yellowdog_ray.local.platform_faults import PlatformFaults
 from yellowdog_ray.local.scheduler import Scheduler
 
 __all__ = ["ControlPort", "books", "read_fault", "running"]

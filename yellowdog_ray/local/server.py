@@ -157,7 +157,8 @@ class Server:
     async def _serve_api(self, app: Starlette) -> None:
         import uvicorn
 
-        from yellowdog_ray.local.platform_faults import FaultyMachines, PlatformFaults
+        from yellowdog_ray.local.faulty_machines import FaultyMachines
+        from yellowdog_ray.local.platform_faults import PlatformFaults
         from yellowdog_ray.local.webpage.front import Front
 
         # Events may come while effects are being carried out; each waits for its turn.
