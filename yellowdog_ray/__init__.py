@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yellowdog_ray.local import LocalPlatform
+    from yellowdog_ray.raydog.access import SSHAccess
     from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
-    from yellowdog_ray.raydog.reach import SSHAccess
     from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
 
 __all__ = [
@@ -31,7 +31,7 @@ _HOMES = {
     "RayDogCluster": "yellowdog_ray.raydog.builder",
     "RayDogClusterProxy": "yellowdog_ray.raydog.builder",
     "RayTunnels": "yellowdog_ray.utils.ray_ssh_tunnels",
-    "SSHAccess": "yellowdog_ray.raydog.reach",
+    "SSHAccess": "yellowdog_ray.raydog.access",
     "SSHTunnelSpec": "yellowdog_ray.utils.ray_ssh_tunnels",
 }
 

@@ -16,7 +16,8 @@ from tests.clusters import SHORT, make
 from tests.controlplane import TEMPLATE
 from tests.ssh_fixtures import SshServer, embedded
 from yellowdog_ray.errors import BuildError, ClusterStateError, HostKeyError, SpecError
-from yellowdog_ray.raydog.reach import Reach, SSHAccess
+from yellowdog_ray.raydog.access import SSHAccess
+from yellowdog_ray.raydog.reach import Reach
 
 __all__ = ["embedded"]  # the fixture
 

@@ -27,7 +27,8 @@ from yellowdog_client.model import (
 from tests.ssh_fixtures import make_key
 from yellowdog_ray import LocalPlatform, RayDogCluster
 from yellowdog_ray.errors import ClusterStateError, HostKeyError, TunnelError
-from yellowdog_ray.raydog.reach import Reach, SSHAccess
+from yellowdog_ray.raydog.access import SSHAccess
+from yellowdog_ray.raydog.reach import Reach
 from yellowdog_ray.raydog.scripts import get_script
 
 pytestmark = pytest.mark.ray

@@ -24,7 +24,8 @@ from yellowdog_ray.errors import (
     TunnelError,
 )
 from yellowdog_ray.raydog import reach as reach_module
-from yellowdog_ray.raydog.reach import RayNode, Reach, SSHAccess
+from yellowdog_ray.raydog.access import SSHAccess
+from yellowdog_ray.raydog.reach import RayNode, Reach
 from yellowdog_ray.utils._ssh.connection import Connection, Connector
 
 __all__ = ["embedded", "ssh_server"]  # the fixtures
@@ -86,7 +87,8 @@ def test_no_token(token: str) -> None:
 def test_import_is_cheap() -> None:
     """Without SSH, paramiko is not loaded."""
     code = (
-        "import sys; from yellowdog_ray.raydog.reach import *; SSHAccess('ray'); Reach(['192.0.2.1'], None);"
+        "import sys; from yellowdog_ray import SSHAccess; from yellowdog_ray.raydog.reach import *;"
+        "Reach(['192.0.2.1'], SSHAccess('ray'));"
         "print(sorted({'ray', 'paramiko', 'yellowdog_client'} & set(sys.modules)))"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -18,8 +18,8 @@ from yellowdog_ray.cli.output import Output
 from yellowdog_ray.cli.running import Interrupts
 from yellowdog_ray.cli.settings import UsageError, read_access
 from yellowdog_ray.errors import ClusterStateError, SpecError, StateError
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.ports import CLIENT, DASHBOARD, GRAFANA, PROMETHEUS
-from yellowdog_ray.raydog.reach import SSHAccess
 from yellowdog_ray.raydog.state import ClusterState, PoolState
 from yellowdog_ray.raydog.token_file import read_token
 from yellowdog_ray.utils._ssh.hostkeys import default_record, option_value, record_beside

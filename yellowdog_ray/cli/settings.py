@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from yellowdog_ray.errors import SpecError
-from yellowdog_ray.raydog.reach import SSHAccess
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.specs import DEFAULT_API_URL, Credentials, make
 from yellowdog_ray.raydog.state import ClusterState
 

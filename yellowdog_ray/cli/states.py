@@ -28,7 +28,7 @@ from yellowdog_ray.cli.output import DONE, FAILED, UNHEALTHY, USAGE, Output
 from yellowdog_ray.cli.running import Interrupts
 from yellowdog_ray.cli.settings import Key, UsageError, read_access, read_key
 from yellowdog_ray.errors import ClusterStateError, RayDogError, TeardownError
-from yellowdog_ray.raydog.reach import SSHAccess
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.state import ClusterState
 from yellowdog_ray.raydog.status import one_line
 

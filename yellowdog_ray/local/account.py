@@ -13,7 +13,7 @@ from yellowdog_ray.errors import LocalPlatformError
 from yellowdog_ray.local.webpage.access import web_link
 
 if TYPE_CHECKING:
-    from yellowdog_ray.raydog.reach import SSHAccess
+    from yellowdog_ray.raydog.access import SSHAccess
 
 __all__ = ["ANSWER_SECONDS", "LocalAccount"]
 
@@ -68,7 +68,7 @@ class LocalAccount:
     @property
     def ssh_access(self) -> SSHAccess:
         """How to log in to the nodes: what a cluster takes as its ``access``."""
-        from yellowdog_ray.raydog.reach import SSHAccess
+        from yellowdog_ray.raydog.access import SSHAccess
 
         return SSHAccess(
             self.ssh_user, self.ssh_private_key_file, port=self.ssh_port, host_key=self.ssh_host_key

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from yellowdog_ray.local.account import LocalAccount
     from yellowdog_ray.local.platform_faults import PlatformFaults
     from yellowdog_ray.local.scheduler import SchedulerOptions
-    from yellowdog_ray.raydog.reach import SSHAccess
+    from yellowdog_ray.raydog.access import SSHAccess
 
 __all__ = ["LocalPlatform"]
 
@@ -182,7 +182,7 @@ class LocalPlatform:
     @property
     def ssh_access(self) -> SSHAccess:
         """How to log in to the nodes: what a cluster takes as its ``access``."""
-        from yellowdog_ray.raydog.reach import SSHAccess
+        from yellowdog_ray.raydog.access import SSHAccess
 
         return SSHAccess(
             self.ssh_user, self.ssh_private_key_file, port=self.ssh_port, host_key=self.ssh_host_key

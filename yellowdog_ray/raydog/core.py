@@ -17,12 +17,13 @@ from yellowdog_ray.errors import (
     SpecError,
 )
 from yellowdog_ray.raydog import events, ray_auth
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.assembly import Assembly
 from yellowdog_ray.raydog.journal import Journal
 from yellowdog_ray.raydog.platform import Platform
 from yellowdog_ray.raydog.pools import BuiltPool
 from yellowdog_ray.raydog.progress import progress_display
-from yellowdog_ray.raydog.reach import Reach, SSHAccess
+from yellowdog_ray.raydog.reach import Reach
 from yellowdog_ray.raydog.specs import (
     ClusterSpec,
     Credentials,

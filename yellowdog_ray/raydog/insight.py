@@ -12,11 +12,12 @@ from yellowdog_ray.errors import (
     RayDogError,
 )
 from yellowdog_ray.raydog import logs
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.assembly import Assembly
 from yellowdog_ray.raydog.core import Phase
 from yellowdog_ray.raydog.logs import NodeLog
 from yellowdog_ray.raydog.pools import BuiltPool
-from yellowdog_ray.raydog.reach import Reach, SSHAccess
+from yellowdog_ray.raydog.reach import Reach
 from yellowdog_ray.raydog.record import ClusterRecord
 from yellowdog_ray.raydog.specs import (
     check_count,

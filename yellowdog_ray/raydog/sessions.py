@@ -19,9 +19,10 @@ from yellowdog_ray.errors import (
     TunnelError,
     WaitTimeoutError,
 )
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.insight import ClusterInsight
 from yellowdog_ray.raydog.ports import CLIENT, DASHBOARD, GRAFANA, PROMETHEUS
-from yellowdog_ray.raydog.reach import Reach, SSHAccess
+from yellowdog_ray.raydog.reach import Reach
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

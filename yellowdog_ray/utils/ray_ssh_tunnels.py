@@ -183,7 +183,7 @@ class RayTunnels:
         engine: EngineName = "paramiko",
         isolate: bool = False,
     ) -> None:
-        from yellowdog_ray.raydog.reach import SSHAccess
+        from yellowdog_ray.raydog.access import SSHAccess
         from yellowdog_ray.utils._tunnels.engines import check_engine
 
         self._engine: Engine | None = None
