@@ -29,7 +29,7 @@ def write_private(path: Path, content: str | bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             # A write that finds no space does not say where.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
