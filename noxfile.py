@@ -41,6 +41,16 @@ def fast(session: nox.Session) -> None:
 
 
 @nox.session
+def oldest(session: nox.Session) -> None:
+    """Run the YellowDog SDK against the local platform, with the oldest versions that the package admits."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    needed = project["dependencies"] + project["optional-dependencies"]["local"]
+    session.install("-e", ".", *(one.replace(">=", "==") for one in needed))
+    session.install("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pyyaml")
+    session.run("pytest", "tests/conformance/test_sdk.py", "tests/conformance/test_sdk_searches.py")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""
     session.install("ruff>=0.6")
