@@ -191,7 +191,9 @@ class Fleet(Engine):
         pool = requirement.pool
         if pool is not None:
             pool.boot_failures += 1
-            pool.retry_at = now + min(300.0, self.options.boot_retry * 2.0 ** (pool.boot_failures - 1))
+            # No power so high that no float can hold it: a thousand machines may fail at once.
+            doubled = 2.0 ** min(pool.boot_failures - 1, 100)
+            pool.retry_at = now + min(300.0, self.options.boot_retry * doubled)
             self._at(pool.retry_at, self._retry_due, pool)
 
     def _gone(self, instance: Instance, reason: str, now: float) -> None:
