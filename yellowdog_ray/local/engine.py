@@ -64,7 +64,7 @@ class SchedulerOptions:
     grow_without_max: bool = False
 
     def __post_init__(self) -> None:
-        # A mistyped choice would be none of those that are looked for, and change what happens without a word.
+        # A mistyped choice would be none of those that are looked for, and change things without a word.
         for name, kind in get_type_hints(type(self)).items():
             value, may = getattr(self, name), _choices(kind)
             if not may[1](value):
