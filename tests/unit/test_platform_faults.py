@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import requests
 from yellowdog_client import PlatformClient
 from yellowdog_client.model import (
     ApiKey,
+    AutoShutdown,
     ComputeRequirementTemplateUsage,
     NodeWorkerTarget,
     ProvisionedWorkerPoolProperties,
@@ -47,7 +49,7 @@ class Lab:
     def __init__(self, platform: LocalControlPlane, client: PlatformClient) -> None:
         self.platform, self.client, self.faults = platform, client, platform.faults
 
-    def provision(self, name: str, nodes: int, template: str = "test/small"):
+    def provision(self, name: str, nodes: int, template: str = "test/small", **properties):
         """Provision a worker pool that grows with its work, whose nodes have one worker each."""
         return self.client.worker_pool_client.provision_worker_pool(
             ComputeRequirementTemplateUsage(
@@ -57,7 +59,10 @@ class Lab:
                 targetInstanceCount=nodes,
             ),
             ProvisionedWorkerPoolProperties(
-                createNodeWorkers=NodeWorkerTarget.per_node(1), workerTag=name, maxNodes=max(nodes, 4)
+                createNodeWorkers=NodeWorkerTarget.per_node(1),
+                workerTag=name,
+                maxNodes=max(nodes, 4),
+                **properties,
             ),
         )
 
@@ -308,6 +313,43 @@ def test_a_preempted_node_without_work(lab):
     assert lab.task(task_id).status == TaskStatus.READY
     lab.advance(62)
     assert lab.task(task_id).status == TaskStatus.EXECUTING
+
+
+def test_resizing_spares_what_is_not_preempted(lab):
+    """A pool that is made smaller loses no healthy node in place of one that will go anyway."""
+    for name, nodes, tasks in (("idle", 3, 0), ("busy", 2, 2)):
+        pool = lab.provision(name, nodes)
+        ids = lab.submit(name, tasks, retries=2) if tasks else []
+        lab.advance(65)
+        lab.faults.preempt_node(name, warning=30)
+        lab.client.worker_pool_client.resize_worker_pool(pool, 1)
+        lab.advance(31)
+        requirement = lab.client.compute_client.get_compute_requirement_by_id(pool.computeRequirementId)
+        if name == "idle":
+            assert (len(lab.up(name)), requirement.targetInstanceCount) == (1, 1)
+            continue
+        # The other task has gone on all the time, and a node is on its way for the one that was warned.
+        assert [str(lab.task(each).status) for each in ids] == ["READY", "EXECUTING"]
+        assert (len(lab.up(name)), requirement.targetInstanceCount) == (1, 2)
+        lab.advance(60)
+        assert [str(lab.task(each).status) for each in ids] == ["EXECUTING", "EXECUTING"]
+        assert len(lab.task(ids[1]).errors or []) == 0
+
+
+def test_a_preempted_node_does_not_count_for_the_least(lab):
+    """The nodes that minNodes holds back are such as stay."""
+    pool = lab.provision(
+        "pool",
+        2,
+        minNodes=1,
+        idleNodeShutdown=AutoShutdown(enabled=True, timeout=timedelta(minutes=5)),
+        idlePoolShutdown=AutoShutdown(enabled=False),
+    )
+    lab.advance(60)
+    lab.faults.preempt_node("pool", warning=3600)
+    lab.advance(3600)
+    assert len(lab.up("pool")) == 1
+    assert str(lab.client.worker_pool_client.get_worker_pool_by_id(pool.id).status) == "IDLE"
 
 
 def test_a_task_is_killed(lab):

@@ -98,8 +98,9 @@ class Fleet(Engine):
         counts = instance.requirement.counts
         counts[instance.status] -= 1
         counts[status] = counts.get(status, 0) + 1
-        if instance.status == "RUNNING" and instance.node is not None and instance.node.draining:
-            instance.node.pool.draining -= 1
+        node = instance.node
+        if instance.status == "RUNNING" and node is not None and (node.draining or node.cordoned):
+            node.pool.leaving -= 1
         instance.status, instance.changed = status, now
         instance.requirement.updated = now
         self._mark(instance.requirement)
@@ -254,8 +255,9 @@ class Fleet(Engine):
         """End a node as soon as its running tasks have."""
         if node.status != "RUNNING" or node.draining:
             return
+        if not node.cordoned:
+            node.pool.leaving += 1
         node.draining = True
-        node.pool.draining += 1
         self._touch(node.pool, now)
         self._forget_free(node)
         self._release_idle(node, now)
@@ -377,7 +379,7 @@ class Fleet(Engine):
 
     def _standing(self, pool: Pool) -> int:
         """Return how many nodes a pool has, or will have soon, that stay."""
-        return pool.requirement.alive - pool.draining
+        return pool.requirement.alive - pool.leaving
 
     def _terminate(self, requirement: ComputeRequirement, now: float) -> None:
         self._set_requirement(requirement, "TERMINATING", now)

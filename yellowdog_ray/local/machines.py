@@ -132,10 +132,12 @@ class Machines(Fleet):
         return node
 
     def cordon(self, node: Node, now: float) -> None:
-        """Give a node no more tasks; those that run go on, and so does the node."""
+        """Give a node no more tasks, because its machine will go; those that run go on until then."""
         if not node.usable:
             return
         node.cordoned = True
+        node.pool.leaving += 1
+        self._touch(node.pool, now)
         self._forget_free(node)
         self._release_idle(node, now)
         self._settle(now)
@@ -257,7 +259,7 @@ class Machines(Fleet):
         count = max(0, min(count, min(pool.max_nodes, MAX_NODES) - self._standing(pool)))
         if count:
             self._launch(pool.requirement, count, now)
-            pool.requirement.target = max(pool.requirement.target, pool.requirement.alive)
+            pool.requirement.target = max(pool.requirement.target, self._standing(pool))
         return count
 
     # ------------------------------------------------------------------------------- the past
