@@ -271,6 +271,18 @@ def test_a_loss_is_noticed_late(lab):
     assert lab.up("pool") == []
 
 
+def test_an_unnoticed_loss_does_not_hold_the_end_up(lab):
+    """A machine that is gone already has ended as soon as it is told to."""
+    pool = lab.provision("pool", 1)
+    lab.advance(60)
+    lab.faults.lose_node("pool", noticed_after=3600)
+    lab.client.compute_client.terminate_compute_requirement_by_id(pool.computeRequirementId)
+    lab.advance(5)
+    assert lab.platform.running() == []
+    lab.advance(3600)
+    assert lab.platform.running() == []
+
+
 def test_a_machine_that_boots_is_lost(lab):
     """A machine can be lost before it is up, also one whose boot is delayed."""
     lab.faults.delay_provision(1000)
