@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -396,6 +397,8 @@ def test_what_cannot_go_wrong(lab):
         lambda: lab.faults.limit_capacity(-1),
         lambda: lab.faults.limit_capacity(1, "test/huge"),
         lambda: Fault("GET", "/", 500, count="1"),
+        lambda: Fault("GET", "/", 500, skip=None),
+        lambda: Fault("GET", "/", 500, carried_out="no"),
         lambda: Fault("GET", "/", 500, for_=-1),
         lambda: Fault("GET", "/", "hang", seconds="long"),
         lambda: Fault("GET", "/", 500, delay=float("inf")),
@@ -645,9 +648,33 @@ def test_the_control_port_refuses(lab, body):
     answer = lab.control("POST", "/faults", body)
     assert answer.status_code == 400
     assert answer.json()["error"]
+    # Nothing of how it is made.
+    assert not re.search("__init__|argument|positional|Faults|_provision\\(", answer.json()["error"])
     if isinstance(body, dict) and body.get("body") is not None:
         assert answer.json()["error"] == "body must be text, not 3"
     assert lab.control("GET", "/faults").json() == {"faults": [], "latency": 0.0}
+
+
+def test_what_a_kind_of_fault_has(lab):
+    """A field too few or too many is named, with those that there are."""
+    for body, error in (
+        ({"kind": "http", "what": 500, "method": "GET"}, "http needs path"),
+        ({"kind": "lose_node"}, "lose_node needs which"),
+        (
+            {"kind": "delay_provision", "seconds": 1, "message": "x"},
+            "delay_provision has no message; it has seconds, pool, count, skip, after, for",
+        ),
+    ):
+        assert lab.control("POST", "/faults", body).json() == {"error": error}
+
+
+def test_what_the_control_port_does_not_have(lab):
+    """An unknown route or method is refused in the words of the rest, for those who have the token."""
+    for method, path, status in (("GET", "/nope", 404), ("PUT", "/faults", 405), ("GET", "/clock", 405)):
+        answer = lab.control(method, path)
+        assert answer.status_code == status
+        assert answer.json()["error"].startswith(f"there is no {method} {path}; there is GET /books, GET ")
+        assert lab.control(method, path, token="wrong").status_code == 401
 
 
 def test_the_clock_over_http(lab):

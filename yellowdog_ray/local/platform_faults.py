@@ -18,6 +18,7 @@ from yellowdog_ray.local.core import ControlPlane
 from yellowdog_ray.local.entities import Instance, Task
 from yellowdog_ray.local.faults import Fault, Faults, number, text, whole
 from yellowdog_ray.local.faulty_machines import CapacityLimit, FaultyMachines, ProvisionFault
+from yellowdog_ray.local.web import admitted
 
 __all__ = ["CALL_SECONDS", "PlatformFaults"]
 
@@ -37,13 +38,15 @@ class PlatformFaults(Faults):
     :meth:`limit_capacity`. The others happen at once: :meth:`lose_node`, :meth:`preempt_node`,
     :meth:`kill_task`.
 
+    A call without the right application key is answered as ever, and no fault is used up by it.
+
     Beside them there are, for requests, ``latency``: seconds by which every one is delayed; ``seen``: the
     latest that came in, as (method, path); ``requests``: how many did; and ``faults``: the list of
     :class:`Fault`, which may be set as a whole.
     """
 
     def __init__(self, app: ASGIApp, core: ControlPlane, machines: FaultyMachines) -> None:
-        super().__init__(app, core.closing, core.timers.time)
+        super().__init__(app, core.closing, core.timers.time, lambda scope: admitted(scope, core))
         self._core, self._machines = core, machines
 
     # Faults that stay

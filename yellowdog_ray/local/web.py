@@ -19,7 +19,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.scheduler import Scheduler
 
-__all__ = ["MAX_BODY", "Action", "Call", "Core", "Gate", "handler", "on_http_exception", "stream"]
+__all__ = [
+    "MAX_BODY",
+    "Action",
+    "Call",
+    "Core",
+    "Gate",
+    "admitted",
+    "handler",
+    "on_http_exception",
+    "stream",
+    "tidy",
+]
 
 #: The largest request body that is taken, in bytes, also after it was decompressed.
 MAX_BODY = 64 * 1024 * 1024
@@ -71,6 +82,20 @@ def answer(content: Any, status: int = 200) -> Response:
     return Response(body, status, media_type="application/json")
 
 
+def tidy(path: str) -> str:
+    """Return a path without doubled and trailing slashes."""
+    return re.sub("/{2,}", "/", path).rstrip("/") or "/"
+
+
+def admitted(scope: Scope, core: Core) -> bool:
+    """Say whether a request shows the application key, or needs none."""
+    if tidy(scope["path"]) == "/" and scope["method"] in ("GET", "HEAD"):
+        return True
+    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    key_id, colon, secret = key.partition(":")
+    return scheme.lower() == "yd-key" and bool(colon) and core.check_key(key_id, secret)
+
+
 class Gate:
     """The door of the API: it tidies paths up, and lets nobody in without the application key.
 
@@ -87,19 +112,13 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = re.sub("/{2,}", "/", scope["path"]).rstrip("/") or "/"
+        path = tidy(scope["path"])
         scope = {**scope, "path": path, "raw_path": path.encode()}
-        open_door = path == "/" and scope["method"] in ("GET", "HEAD")
-        if not open_door and not self._knows(Headers(scope=scope).get("authorization", "")):
+        if not admitted(scope, self._core):
             refusal = error(401, "NotAuthorisedException", "The application key is missing or wrong")
             await refusal(scope, receive, send)
             return
         await self._app(scope, receive, send)
-
-    def _knows(self, header: str) -> bool:
-        scheme, _, key = header.partition(" ")
-        key_id, colon, secret = key.partition(":")
-        return scheme.lower() == "yd-key" and bool(colon) and self._core.check_key(key_id, secret)
 
 
 async def on_http_exception(request: Request, exception: Exception) -> Response:
