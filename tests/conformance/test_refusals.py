@@ -125,9 +125,9 @@ def test_json_that_is_none_is_refused(platform: Served, body: bytes, named: str)
     [("GET", "/nope"), ("PATCH", WORK), ("DELETE", f"{WORK}/x"), ("POST", "/cloudInfo/regions?x=1")],
 )
 def test_an_unknown_route_is_named(platform: Served, method: str, path: str) -> None:
-    """A route that is not there is not found; that is never an InvalidRequestException."""
+    """A route that is not there is no thing that is not found: it is refused as an unknown field is."""
     answer = ask(platform, method, path)
-    assert (answer.status_code, answer.json()["errorType"]) == (404, "NotFoundException")
+    assert (answer.status_code, answer.json()["errorType"]) == (400, "InvalidRequestException")
     assert answer.json()["message"].startswith(f"{method} {path.partition('?')[0]} is not supported")
 
 

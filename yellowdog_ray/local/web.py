@@ -122,11 +122,15 @@ class Gate:
 
 
 async def on_http_exception(request: Request, exception: Exception) -> Response:
-    """Answer a request for which there is no route."""
+    """Answer a request for which there is no route.
+
+    Not with 404, which clients read as "there is no such thing", nor with 501, which the SDK tries again for
+    minutes.
+    """
     status = exception.status_code if isinstance(exception, HTTPException) else 500
     if status in (404, 405):
         route = f"{request.method} {request.url.path}"
-        return error(404, "NotFoundException", f"{route} is not supported by the local platform")
+        return error(400, "InvalidRequestException", f"{route} is not supported by the local platform")
     return error(status, "InternalServerException", str(exception))
 
 
