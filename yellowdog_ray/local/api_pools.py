@@ -51,7 +51,7 @@ async def _pools(call: Call) -> Any:
 
     def wanted(pool: Pool) -> bool:
         return (
-            named(pool.namespace, pool.name, None)
+            named(pool.namespace, pool.name)
             and (not statuses or pool.status in statuses)
             and (not kinds or any(wire.pool_summary(pool)["type"].endswith(kind) for kind in kinds))
             and (healthy is None or wire.pool_healthy(pool) == healthy)

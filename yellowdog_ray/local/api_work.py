@@ -37,7 +37,8 @@ async def _update_work(call: Call) -> Any:
 
 
 async def _works(call: Call) -> Any:
-    named, statuses, healthy = call.named(), call.words("statuses", WORK_STATUSES), call.flag("isHealthy")
+    named, statuses = call.named(tagged=True), call.words("statuses", WORK_STATUSES)
+    healthy = call.flag("isHealthy")
     created, changed = call.within("createdTime"), call.within("statusChangedTime")
 
     def wanted(work: WorkRequirement) -> bool:

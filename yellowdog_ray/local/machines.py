@@ -246,8 +246,6 @@ class Machines(Fleet):
         requirement = self.requirement(requirement_id)
         if requirement.status in ("TERMINATING", "TERMINATED"):
             raise RefusedError.invalid(f"The compute requirement is {requirement.status}")
-        if wish is not None and wish.enabled and wish.timeout is None:
-            raise RefusedError.invalid("autoShutdown.timeout is required where it is enabled")
         self._set_auto_shutdown(requirement, wish, now)
         self._settle(now)
         return requirement

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 import re
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -149,9 +151,13 @@ class Call:
         return str(self._request.path_params[key])
 
     def query(self, key: str) -> str | None:
-        """Return a parameter; an empty one is as good as none."""
+        """Return a parameter; an empty one is as good as none, and two are refused."""
         self._read_parameters.add(key)
-        return self._request.query_params.get(key) or None
+        values = [value for value in self._request.query_params.getlist(key) if value]
+        if len(values) > 1:
+            given = " and ".join(repr(value) for value in values)
+            raise RefusedError.invalid(f"{key} may be given once only, not as {given}")
+        return values[0] if values else None
 
     def queries(self, *keys: str) -> frozenset[str]:
         """Return all values of a parameter that may be repeated, under any of its names."""
@@ -217,10 +223,10 @@ class Call:
         value = self.query(key)
         if value is None:
             return None
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            if math.isfinite(number):
+                return number
         # Python 3.10 reads neither Z nor fractions of other than three or six digits.
         found = re.fullmatch(r"([^.Z+]+T[^.Z+-]+)(?:\.(\d+))?(Z|[+-]\d\d:?\d\d)?", value)
         try:
@@ -228,7 +234,7 @@ class Call:
                 raise ValueError(value)
             zone = (found[3] or "Z").replace("Z", "+00:00")
             when = datetime.fromisoformat(found[1] + zone).astimezone(timezone.utc)
-        except ValueError:
+        except (ValueError, OverflowError):  # the latter for a time before the year 1 or after 9999, in UTC
             raise RefusedError.invalid(f"{key} must be a number or a time, not {value!r}") from None
         return when.timestamp() + float(f"0.{found[2] or 0}")
 
@@ -238,14 +244,17 @@ class Call:
             return wanted in (None, has)
         return wanted is None or wanted in (has or "")
 
-    def named(self) -> Callable[[str, str | None, str | None], bool]:
-        """Return the test by namespace, name and tag that most lists have in common.
+    def named(self, tagged: bool = False) -> Callable[..., bool]:
+        """Return the test by namespace and name that most lists have in common.
 
         Names and tags match as :meth:`matches` says; namespaces match as a whole.
-        """
-        namespaces, name, tag = self.queries("namespaces", "namespace"), self.query("name"), self.query("tag")
 
-        def test(its_namespace: str, its_name: str | None, its_tag: str | None) -> bool:
+        :param tagged: whether the things have tags, which the test then takes too.
+        """
+        namespaces, name = self.queries("namespaces", "namespace"), self.query("name")
+        tag = self.query("tag") if tagged else None
+
+        def test(its_namespace: str, its_name: str, its_tag: str | None = None) -> bool:
             return (
                 (not namespaces or its_namespace in namespaces)
                 and self.matches(name, its_name)
