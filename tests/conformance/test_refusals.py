@@ -11,7 +11,7 @@ import requests
 from yellowdog_client import model as m
 
 from tests.controlplane import KEY_ID, SECRET, Served, serve
-from yellowdog_ray.local import vocabulary
+from yellowdog_ray.local import sorting, vocabulary
 from yellowdog_ray.local.scheduler import SchedulerOptions
 
 WORK = "/work/requirements"
@@ -218,18 +218,17 @@ def test_the_words_are_those_of_the_sdk() -> None:
         assert words == {each.name for each in kind}, kind
     assert set(m.TaskErrorType.__annotations__) == vocabulary.ERROR_TYPES
     for fields, kind in (
-        (vocabulary.SORT_WORK, m.WorkRequirementSummary),
-        (vocabulary.SORT_TASKS, m.Task),
-        (vocabulary.SORT_POOLS, m.WorkerPoolSummary),
-        (vocabulary.SORT_NODES, m.Node),
-        (vocabulary.SORT_COMPUTE, m.ComputeRequirement),
-        (vocabulary.SORT_COMPUTE_SUMMARIES, m.ComputeRequirementSummary),
+        (sorting.SORT_WORK, m.WorkRequirementSummary),
+        (sorting.SORT_TASKS, m.Task),
+        (sorting.SORT_POOLS, m.WorkerPoolSummary),
+        (sorting.SORT_NODES, m.Node),
+        (sorting.SORT_COMPUTE, m.ComputeRequirement),
+        (sorting.SORT_COMPUTE_SUMMARIES, m.ComputeRequirementSummary),
     ):
-        assert fields <= {each.name for each in dataclasses.fields(kind)}, kind
+        assert set(fields) <= {each.name for each in dataclasses.fields(kind)}, kind
     for fields, kind in (
-        (vocabulary.SORT_INSTANCES, m.Instance),
-        (vocabulary.SORT_TEMPLATES, m.ComputeRequirementTemplateSummary),
-        (vocabulary.SORT_SOURCES, m.ComputeSourceTemplateSummary),
-        (vocabulary.SORT_NAMESPACES, m.Namespace),
+        (sorting.SORT_INSTANCES, m.Instance),
+        (sorting.SORT_TEMPLATES, m.ComputeRequirementTemplateSummary),
+        (sorting.SORT_SOURCES, m.ComputeSourceTemplateSummary),
     ):
-        assert fields <= set(kind.__annotations__), kind
+        assert set(fields) <= set(kind.__annotations__), kind

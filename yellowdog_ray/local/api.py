@@ -20,7 +20,7 @@ from starlette.routing import Route
 from yellowdog_ray.local import api_compute, api_pools, api_work, wire
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.fields import Fields, check_name
-from yellowdog_ray.local.vocabulary import SORT_NAMESPACES
+from yellowdog_ray.local.sorting import Values
 from yellowdog_ray.local.web import Action, Call, Core, Gate, handler, on_http_exception
 
 __all__ = ["Core", "create_app"]
@@ -115,7 +115,8 @@ async def _namespaces(call: Call) -> Any:
             and (deletable is None or (name not in used) == deletable)
         )
 
-    return call.slice(call.scheduler.known_namespaces(), wanted, write, SORT_NAMESPACES)
+    sortable: Values = {"id": _namespace_id, "namespace": str, "deletable": lambda name: name not in used}
+    return call.slice(call.scheduler.known_namespaces(), wanted, write, sortable)
 
 
 def _find_namespace(call: Call) -> dict[str, Any]:
@@ -156,7 +157,7 @@ async def _nothing(call: Call) -> Any:
 
 async def _no_keyrings(call: Call) -> Any:
     call.take_any()
-    return call.slice([], bool, dict, frozenset({"id", "name", "description"}), bare=True)
+    return call.slice([], bool, dict, dict.fromkeys(("id", "name", "description"), str), bare=True)
 
 
 _ROUTES: Mapping[tuple[str, str], Action] = {

@@ -10,15 +10,17 @@ from yellowdog_ray.local.asks import RefusedError, Template
 from yellowdog_ray.local.entities import ComputeRequirement, Instance
 from yellowdog_ray.local.fields import MAX_NODES, Fields
 from yellowdog_ray.local.intake import read_auto_shutdown, read_usage
-from yellowdog_ray.local.vocabulary import (
-    COMPUTE_STATUSES,
-    INSTANCE_STATUSES,
-    PROVIDERS,
+from yellowdog_ray.local.sorting import (
     SORT_COMPUTE,
     SORT_COMPUTE_SUMMARIES,
     SORT_INSTANCES,
     SORT_SOURCES,
     SORT_TEMPLATES,
+)
+from yellowdog_ray.local.vocabulary import (
+    COMPUTE_STATUSES,
+    INSTANCE_STATUSES,
+    PROVIDERS,
 )
 from yellowdog_ray.local.web import Action, Call, stream
 
@@ -43,7 +45,7 @@ async def _requirements(call: Call) -> Any:
         return (
             named(usage.namespace, usage.name, usage.tag)
             and (not statuses or requirement.status in statuses)
-            and (healthy is None or (requirement.source_status != "ERRORED") == healthy)
+            and (healthy is None or wire.requirement_healthy(requirement) == healthy)
             and created(requirement.created)
         )
 

@@ -10,13 +10,12 @@ from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.entities import Node, Pool
 from yellowdog_ray.local.fields import Fields
 from yellowdog_ray.local.intake import read_pool, read_usage
+from yellowdog_ray.local.sorting import SORT_NODES, SORT_POOLS
 from yellowdog_ray.local.vocabulary import (
     NODE_STATUSES,
     POOL_STATUSES,
     POOL_TYPES,
     PROVIDERS,
-    SORT_NODES,
-    SORT_POOLS,
     WORKER_STATUSES,
 )
 from yellowdog_ray.local.web import Action, Call, stream

@@ -298,13 +298,13 @@ class Call:
         things: Iterable[T],
         wanted: Callable[[T], bool],
         write: Callable[[T], dict[str, Any]],
-        sortable: frozenset[str],
+        sortable: Mapping[str, Callable[[T], Any]],
         bare: bool = False,
     ) -> Any:
         """Return one slice of a list, in the order of creation or as ``sortField`` says.
 
         :param things: all of them, in an order that only grows at its end.
-        :param sortable: the fields that ``sortField`` may name.
+        :param sortable: the fields that ``sortField`` may name, and how each is had.
         :param bare: answer with a bare list of all unless ``sliced=true`` (the old form of some lists).
         """
         everything: Sequence[T] = list(things)
@@ -320,10 +320,10 @@ class Call:
                 raise RefusedError.invalid(
                     f"sortField must be one of {', '.join(sorted(sortable))}, not {sort!r}"
                 )
-            # Dates and enums sort as texts; what lacks the field comes first.
-            keyed = [(_sort_key(write(each), sort), each) for each in everything]
-            keyed.sort(key=lambda pair: pair[0], reverse=direction == "DESCENDING")
-            everything = [each for _, each in keyed]
+            value = sortable[sort]
+            everything = sorted(
+                everything, key=lambda each: _sort_key(value(each)), reverse=direction == "DESCENDING"
+            )
         if bare and not sliced:
             return [write(each) for each in everything if wanted(each)]
         items: list[dict[str, Any]] = []
@@ -336,11 +336,9 @@ class Call:
         return {"items": items}
 
 
-def _sort_key(written: Mapping[str, Any], field: str) -> tuple[int, Any]:
-    value = written.get(field)
-    if isinstance(value, (int, float)):
-        return (1, float(value))
-    return (2, str(value)) if value is not None else (0, 0)
+def _sort_key(value: Any) -> tuple[int, Any]:
+    """Return what puts values of a field in order: those that lack it first."""
+    return (0, 0) if value is None else (1, value)
 
 
 def handler(
