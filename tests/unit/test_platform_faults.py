@@ -62,8 +62,7 @@ class Lab:
             ProvisionedWorkerPoolProperties(
                 createNodeWorkers=NodeWorkerTarget.per_node(1),
                 workerTag=name,
-                maxNodes=max(nodes, 4),
-                **properties,
+                **{"maxNodes": max(nodes, 4), **properties},
             ),
         )
 
@@ -331,17 +330,20 @@ def test_a_preempted_node_without_work(lab):
 def test_resizing_spares_what_is_not_preempted(lab):
     """A pool that is made smaller loses no healthy node in place of one that will go anyway."""
     for name, nodes, tasks in (("idle", 3, 0), ("busy", 2, 2)):
-        pool = lab.provision(name, nodes)
+        pool = lab.provision(name, nodes, maxNodes=nodes)
         ids = lab.submit(name, tasks, retries=2) if tasks else []
         lab.advance(65)
         lab.faults.preempt_node(name, warning=30)
         lab.client.worker_pool_client.resize_worker_pool(pool, 1)
-        lab.advance(31)
+        lab.advance(29)
+        assert len(lab.up(name)) == 2
+        assert len(lab.platform.core.scheduler.instances) == nodes + (3 if name == "busy" else 0)
+        lab.advance(2)
         requirement = lab.client.compute_client.get_compute_requirement_by_id(pool.computeRequirementId)
         if name == "idle":
             assert (len(lab.up(name)), requirement.targetInstanceCount) == (1, 1)
             continue
-        # The other task has gone on all the time, and a node is on its way for the one that was warned.
+        # The other task has gone on all the time; its place free, a node is on its way for the one warned.
         assert [str(lab.task(each).status) for each in ids] == ["READY", "EXECUTING"]
         assert (len(lab.up(name)), requirement.targetInstanceCount) == (1, 2)
         lab.advance(60)

@@ -1185,10 +1185,9 @@ class Chance(RuleBasedStateMachine):
             workers = [worker for node in pool.nodes.values() for worker in node.workers]
             assert pool.claimed == sum(worker.group is not None for worker in workers)
             assert pool.busy == sum(worker.task is not None for worker in workers)
-            assert pool.leaving == sum(
-                (node.draining or node.cordoned) and node.instance.status == "RUNNING"
-                for node in pool.nodes.values()
-            )
+            up = [node for node in pool.nodes.values() if node.instance.status == "RUNNING"]
+            assert pool.draining == sum(node.draining for node in up)
+            assert pool.cordoned == sum(node.cordoned and not node.draining for node in up)
             for status in ("STOPPED", "RUNNING", "LOST", "SHUTDOWN"):
                 assert pool.worker_counts.get(status, 0) == sum(w.status == status for w in workers)
             alive = [i for i in pool.requirement.instances.values() if i.status in ("PENDING", "RUNNING")]

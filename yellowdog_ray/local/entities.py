@@ -126,8 +126,10 @@ class Pool:
     shapes: set[Shape] = field(default_factory=set)
     claimed: int = 0
     busy: int = 0
-    #: Nodes that will go: that end with their running tasks, or are warned. Their machines are still up.
-    leaving: int = 0
+    #: Nodes that end with their running tasks; their machines are still up.
+    draining: int = 0
+    #: Other nodes that will go because their machine will.
+    cordoned: int = 0
     last_claimed: float | None = None
     last_released: float | None = None
     idle_since: float | None = None

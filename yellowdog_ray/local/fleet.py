@@ -99,8 +99,11 @@ class Fleet(Engine):
         counts[instance.status] -= 1
         counts[status] = counts.get(status, 0) + 1
         node = instance.node
-        if instance.status == "RUNNING" and node is not None and (node.draining or node.cordoned):
-            node.pool.leaving -= 1
+        if instance.status == "RUNNING" and node is not None:
+            if node.draining:
+                node.pool.draining -= 1
+            elif node.cordoned:
+                node.pool.cordoned -= 1
         instance.status, instance.changed = status, now
         instance.requirement.updated = now
         self._mark(instance.requirement)
@@ -255,9 +258,10 @@ class Fleet(Engine):
         """End a node as soon as its running tasks have."""
         if node.status != "RUNNING" or node.draining:
             return
-        if not node.cordoned:
-            node.pool.leaving += 1
         node.draining = True
+        node.pool.draining += 1
+        if node.cordoned:
+            node.pool.cordoned -= 1
         self._touch(node.pool, now)
         self._forget_free(node)
         self._release_idle(node, now)
@@ -353,7 +357,7 @@ class Fleet(Engine):
         if now < due:
             node.idle_armed = True
             self._at(due, self._node_idle_due, node)
-        elif self._standing(node.pool) > node.pool.spec.min_nodes:
+        elif self._staying(node.pool) > node.pool.spec.min_nodes:
             self._drain(node, now)
         else:
             # Kept only because of minNodes: looked at again after another idle time.
@@ -378,8 +382,12 @@ class Fleet(Engine):
     # --------------------------------------------------------------------------------------- ends
 
     def _standing(self, pool: Pool) -> int:
-        """Return how many nodes a pool has, or will have soon, that stay."""
-        return pool.requirement.alive - pool.leaving
+        """Return how many nodes a pool has, or will have soon, but for those that it ends."""
+        return pool.requirement.alive - pool.draining
+
+    def _staying(self, pool: Pool) -> int:
+        """Return how many of them will not be taken away either; the others hold their places until then."""
+        return self._standing(pool) - pool.cordoned
 
     def _terminate(self, requirement: ComputeRequirement, now: float) -> None:
         self._set_requirement(requirement, "TERMINATING", now)

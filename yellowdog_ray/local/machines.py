@@ -136,7 +136,7 @@ class Machines(Fleet):
         if not node.usable:
             return
         node.cordoned = True
-        node.pool.leaving += 1
+        node.pool.cordoned += 1
         self._touch(node.pool, now)
         self._forget_free(node)
         self._release_idle(node, now)
@@ -156,13 +156,13 @@ class Machines(Fleet):
         pool.max_nodes = max(pool.max_nodes, size)
         pool.requirement.target = size
         self._mark(pool.requirement)
-        standing = self._standing(pool)
-        if size > standing:
-            self._launch(pool.requirement, size - standing, now)
+        staying = self._staying(pool)
+        if size > staying:
+            self._launch(pool.requirement, size - staying, now)
         else:
             candidates = [node for node in pool.nodes.values() if node.usable]
             candidates.sort(key=lambda node: (node.claimed > 0, -node.registered))
-            for node in candidates[: standing - size]:
+            for node in candidates[: staying - size]:
                 self._drain(node, now)
         self._touch(pool, now)
         self._settle(now)
@@ -257,7 +257,7 @@ class Machines(Fleet):
         count = max(0, min(count, min(pool.max_nodes, MAX_NODES) - self._standing(pool)))
         if count:
             self._launch(pool.requirement, count, now)
-            pool.requirement.target = max(pool.requirement.target, self._standing(pool))
+            pool.requirement.target = max(pool.requirement.target, self._staying(pool))
         return count
 
     # ------------------------------------------------------------------------------- the past

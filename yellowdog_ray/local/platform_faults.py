@@ -224,8 +224,9 @@ class PlatformFaults(Faults):
         """Warn machines, and let them die after a while, as a cloud takes spot machines back.
 
         The process of every task on them gets SIGTERM now; how it ends counts as any end. They are given
-        no more tasks, and their pool counts them no more: it may grow for tasks that wait. When the time is
-        up they die as in :meth:`lose_node`, also where nothing runs on them any more.
+        no more tasks, and do not count where their pool is resized or held to ``minNodes``; but it has no
+        place for others until they are gone. When the time is up they die as in :meth:`lose_node`, also where
+        nothing runs on them any more.
 
         :param which: see :meth:`lose_node`, as for ``count``.
         :param warning: seconds from now until they die.
