@@ -11,7 +11,7 @@ import requests
 from yellowdog_client import model as m
 
 from tests.controlplane import KEY_ID, SECRET, Served, serve
-from yellowdog_ray.local import vocabulary
+from yellowdog_ray.local import sorting, vocabulary
 from yellowdog_ray.local.scheduler import SchedulerOptions
 
 WORK = "/work/requirements"
@@ -41,6 +41,8 @@ def pool(**usage: Any) -> dict[str, Any]:
     return {"requirementTemplateUsage": usage}
 
 
+USAGE = pool(autoShutdown={"enabled": True})["requirementTemplateUsage"]
+HALVES = {"provisionedProperties": {"createNodeWorkers": {"targetType": "PER_NODE", "targetCount": 1.5}}}
 CHOICE = {"includes": [{"errorTypes": {"includes": ["NO_SUCH"]}}]}
 REFUSED: list[tuple[str, str, Any, str]] = [
     ("GET", f"{WORK}?sortField=nope", None, "sortField"),
@@ -63,6 +65,15 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("GET", "/compute/instances?statuses=X", None, "statuses"),
     ("GET", f"{WORK}?naem=x", None, "naem is not supported by the local platform on GET /work/requirements"),
     ("GET", "/work/tasks?taskGroupID=x", None, "taskGroupID"),
+    # YellowDog's own searches have no tag here.
+    ("GET", "/workerPools?tag=x", None, "tag is not supported by the local platform on GET /workerPools;"),
+    ("GET", "/compute/templates/requirements?tag=x", None, "tag is not supported"),
+    ("GET", "/compute/templates/sources?tag=x", None, "tag is not supported"),
+    ("GET", "/workerPools/nodes?vcpus.min=nan", None, "vcpus.min must be a number or a time, not 'nan'"),
+    ("GET", "/workerPools/nodes?ram.max=-inf", None, "ram.max must be a number or a time, not '-inf'"),
+    ("GET", f"{WORK}?createdTime.min=0001-01-01T00:00:00%2B05:00", None, "createdTime.min must be a"),
+    ("GET", f"{WORK}?name=a&name=b", None, "name may be given once only, not as 'a' and 'b'"),
+    ("GET", f"{WORK}?isHealthy=true&isHealthy=true", None, "isHealthy may be given once only"),
     ("GET", "/application?frob=1", None, "frob"),
     ("PUT", f"{WORK}/x/transition/CANCELLING?abrot=true", None, "abrot"),
     ("DELETE", "/workerPools/x?force=true", None, "force"),
@@ -75,6 +86,9 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("POST", WORK, work(run={"retryableErrors": [{"processExitCodes": ["7"]}]}), "whole numbers, not '7'"),
     ("POST", WORK, work(completedTaskTtl="a day"), "completedTaskTtl"),
     ("POST", POOL, pool(targetInstanceCounts=0), "targetInstanceCounts"),
+    ("POST", POOL, pool(autoShutdown={"enabled": True}), "autoShutdown.timeout is required where"),
+    ("POST", "/compute/templates/provision", USAGE, "autoShutdown.timeout is required where"),
+    ("POST", POOL, {**pool(), **HALVES}, "createNodeWorkers.targetCount must be a whole number"),
     # What no node can be given: it would fail there, or worse.
     ("POST", TASKS, [{"taskData": "\ud800"}], "tasks[0].taskData must be text that UTF-8 can hold"),
     ("POST", TASKS, [{"arguments": ["a", "\udfff"]}], "tasks[0].arguments must be text that UTF-8 can hold"),
@@ -125,10 +139,43 @@ def test_json_that_is_none_is_refused(platform: Served, body: bytes, named: str)
     [("GET", "/nope"), ("PATCH", WORK), ("DELETE", f"{WORK}/x"), ("POST", "/cloudInfo/regions?x=1")],
 )
 def test_an_unknown_route_is_named(platform: Served, method: str, path: str) -> None:
-    """A route that is not there is not found; that is never an InvalidRequestException."""
+    """A route that is not there is no thing that is not found: it is refused as an unknown field is."""
     answer = ask(platform, method, path)
-    assert (answer.status_code, answer.json()["errorType"]) == (404, "NotFoundException")
+    assert (answer.status_code, answer.json()["errorType"]) == (400, "InvalidRequestException")
     assert answer.json()["message"].startswith(f"{method} {path.partition('?')[0]} is not supported")
+
+
+def test_a_namespace_in_use_is_not_deleted(platform: Served) -> None:
+    """A namespace can be deleted until something is in it; it says whether it can."""
+
+    def shown() -> dict[str, Any]:
+        found = ask(platform, "GET", "/namespaces?namespaces=used").json()["items"]
+        (namespace,) = found
+        listed = ask(platform, "GET", f"/namespaces?deletable={str(namespace['deletable']).lower()}").json()
+        assert namespace in listed["items"]
+        assert ask(platform, "GET", f"/namespaces/{namespace['id']}").json() == namespace
+        return namespace
+
+    assert ask(platform, "POST", "/namespaces", {"namespace": "used"}).status_code == 200
+    assert shown()["deletable"] is True
+    made = ask(platform, "POST", WORK, {**work(), "namespace": "used"}).json()
+    assert shown()["deletable"] is False
+    refused = ask(platform, "DELETE", f"/namespaces/{shown()['id']}")
+    assert (refused.status_code, refused.json()["message"]) == (400, "Namespace used is in use")
+    assert shown()
+    assert ask(platform, "PUT", f"{WORK}/{made['id']}/transition/CANCELLING").status_code == 200
+
+
+def test_what_cannot_be_changed_is_not_accepted(platform: Served) -> None:
+    """An update says what comes of it: a field of a run specification that stands for good is refused."""
+    made = ask(platform, "POST", WORK, {**work(run={"disablePreallocation": True}), "name": "fixed"}).json()
+    assert ask(platform, "PUT", WORK, made).status_code == 200
+    for other in (False, None):
+        made["taskGroups"][0]["runSpecification"]["disablePreallocation"] = other
+        refused = ask(platform, "PUT", WORK, made)
+        assert refused.status_code == 400
+        assert "group: only its priority and tag can be changed" in refused.json()["message"]
+    assert ask(platform, "PUT", f"{WORK}/{made['id']}/transition/CANCELLING").status_code == 200
 
 
 def test_what_is_empty_asks_for_nothing(platform: Served) -> None:
@@ -171,18 +218,17 @@ def test_the_words_are_those_of_the_sdk() -> None:
         assert words == {each.name for each in kind}, kind
     assert set(m.TaskErrorType.__annotations__) == vocabulary.ERROR_TYPES
     for fields, kind in (
-        (vocabulary.SORT_WORK, m.WorkRequirementSummary),
-        (vocabulary.SORT_TASKS, m.Task),
-        (vocabulary.SORT_POOLS, m.WorkerPoolSummary),
-        (vocabulary.SORT_NODES, m.Node),
-        (vocabulary.SORT_COMPUTE, m.ComputeRequirement),
-        (vocabulary.SORT_COMPUTE_SUMMARIES, m.ComputeRequirementSummary),
+        (sorting.SORT_WORK, m.WorkRequirementSummary),
+        (sorting.SORT_TASKS, m.Task),
+        (sorting.SORT_POOLS, m.WorkerPoolSummary),
+        (sorting.SORT_NODES, m.Node),
+        (sorting.SORT_COMPUTE, m.ComputeRequirement),
+        (sorting.SORT_COMPUTE_SUMMARIES, m.ComputeRequirementSummary),
     ):
-        assert fields <= {each.name for each in dataclasses.fields(kind)}, kind
+        assert set(fields) <= {each.name for each in dataclasses.fields(kind)}, kind
     for fields, kind in (
-        (vocabulary.SORT_INSTANCES, m.Instance),
-        (vocabulary.SORT_TEMPLATES, m.ComputeRequirementTemplateSummary),
-        (vocabulary.SORT_SOURCES, m.ComputeSourceTemplateSummary),
-        (vocabulary.SORT_NAMESPACES, m.Namespace),
+        (sorting.SORT_INSTANCES, m.Instance),
+        (sorting.SORT_TEMPLATES, m.ComputeRequirementTemplateSummary),
+        (sorting.SORT_SOURCES, m.ComputeSourceTemplateSummary),
     ):
-        assert fields <= set(kind.__annotations__), kind
+        assert set(fields) <= set(kind.__annotations__), kind

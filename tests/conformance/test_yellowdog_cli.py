@@ -192,8 +192,8 @@ def test_namespaces(cli: Cli) -> None:
     assert "made-by-cli" in {each["namespace"] for each in listed}
     _, refused = together(
         lambda: cli.do("resource", "remove", "ns.json"),
-        # 6: there is no such route (404), and the answer names it.
-        lambda: cli.do("resource", "create", "template.json", status=6),
+        # 1: there is no such route, and the answer names it.
+        lambda: cli.do("resource", "create", "template.json", status=1),
     )
     assert "POST /compute/templates/requirements is not supported by the local platform" in refused
     assert "made-by-cli" not in cli.look(lambda scheduler: scheduler.known_namespaces())
@@ -217,19 +217,21 @@ def test_pool(cli: Cli) -> None:
     cli.until(lambda scheduler: scheduler.pool(pool).node_counts.get("RUNNING") == 3)
     ids = list(cli.look(lambda scheduler: list(scheduler.pool(pool).nodes)))
     cli.write("actions.json", {"actions": [{"type": "runCommand", "path": "x.sh"}]})
-    shown, status, _, _, refused, size = together(
+    shown, status, _, _, refused, exhaustion, size = together(
         lambda: cli.shown("node", "show", ids[2]),
         lambda: cli("node", "action", "--status", "--node", ids[2]),
         lambda: cli.do("node", "shutdown", ids[0]),
         lambda: cli.do("node", "terminate", ids[1]),
-        # 6: node actions have no route here (404), and the answer names it.
-        lambda: cli.do("node", "action", "--actions", "actions.json", "--node", ids[2], status=6),
+        # 1: node actions have no route here, and the answer names it.
+        lambda: cli.do("node", "action", "--actions", "actions.json", "--node", ids[2], status=1),
+        lambda: cli("workerpool", "show", pool, "--show-exhaustion", status=1),
         # 1: the CLI itself sees that the pool has at most three nodes.
         lambda: cli.do("workerpool", "resize", pool, 4, status=1),
     )
     assert shown["id"] == ids[2]
     assert "EMPTY" in status
     assert f"POST /workerPools/{pool}/actions is not supported by the local platform" in refused
+    assert "PUT /allowances/requirement is not supported by the local platform" in exhaustion
     assert "outside Worker Pool" in size
     cli.until(
         lambda scheduler: [scheduler.node(each).status for each in ids] == ["TERMINATED"] * 2 + ["RUNNING"]
@@ -412,11 +414,12 @@ def test_exit_statuses(cli: Cli) -> None:
             lambda: cli("wr", "list", "-c", "nothing.toml", status=3),
             # 4: the answer is 401.
             lambda: cli("wr", "list", "--secret", "wrong", status=4),
-            # 6: three things that are not there, and a route.
+            # 6: three things that are not there.
             lambda: cli("wr", "show", f"ydid:workreq:000000:{NONE}", status=6),
             lambda: cli.do("task", "abort", f"ydid:task:000000:{NONE}:1:1", status=6),
             lambda: cli.do("wp", "resize", f"ydid:wrkrpool:000000:{NONE}", 1, status=6),
-            lambda: cli("cloudinfo", "regions", status=6),
+            # 1: a route that is not there.
+            lambda: cli("cloudinfo", "regions", status=1),
             # 6: the CLI looks the template's name up by itself, and does not find it.
             lambda: cli("wp", "provision", "-c", "unknown.toml", status=6),
             # 1: an InvalidRequestException, which names the field.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,56 @@ def test_an_answer_comes_late(platform, client, fault):
     assert time.monotonic() - began >= 0.3
 
 
+@pytest.mark.parametrize("what", ["after", 503])
+def test_an_update_stream_goes_wrong_at_once(platform, client, what):
+    """A stream has begun when its first part is there; it would end only with the thing that it tells of."""
+    made = client("POST", "/work/requirements", {"namespace": "local", "name": f"stream-{what}"}).json()
+    platform.faults.faults = [Fault("GET", "/updates$", what, carried_out=True)]
+    began = time.monotonic()
+    if what == "after":
+        with pytest.raises(requests.ConnectionError):
+            client("GET", f"/work/requirements/{made['id']}/updates")
+    else:
+        assert client("GET", f"/work/requirements/{made['id']}/updates").status_code == 503
+    assert time.monotonic() - began < 3
+    # The next one is as ever.
+    assert client("PUT", f"/work/requirements/{made['id']}/transition/CANCELLING").status_code == 200
+    assert '"CANCELLED"' in client("GET", f"/work/requirements/{made['id']}/updates").text
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_a_status_without_a_body(platform, client, status):
+    """An answer that may have no body has none, which the next call would take for its own."""
+    platform.faults.faults = [Fault("GET", "^/application$", status)]
+    first = client("GET", "/application")
+    assert (first.status_code, first.content) == (status, b"")
+    assert client("GET", "/application").status_code == 200
+
+
+def test_the_path_is_matched_as_it_is_meant(platform, client):
+    """Doubled and trailing slashes, which the SDK sends, are not there for a fault."""
+    fault = Fault("GET", "^/workerPools$", 503, count=None)
+    platform.faults.faults = [fault]
+    before = len(platform.faults.seen)
+    paths = ("/workerPools", "/workerPools/", "//workerPools")
+    assert [client("GET", path).status_code for path in paths] == [503, 503, 503]
+    assert platform.faults.seen[before:] == [("GET", "/workerPools")] * 3
+
+
+def test_a_fault_takes_only_calls_with_the_key(platform, client):
+    """Whoever has no key, such as another user of the machine, cannot use a test's faults up."""
+    fault = Fault("GET", "^/application$", 503)
+    platform.faults.faults = [fault]
+    for stranger in (Client(platform.url, KEY_ID, "wrong"), Client(platform.url, "", "")):
+        assert stranger("GET", "/application").status_code == 401
+    assert requests.get(f"{platform.url}/application", timeout=5).status_code == 401
+    assert fault.hits == 0
+    assert client("GET", "/application").status_code == 503
+    # A look at whether there is a platform at all needs no key.
+    platform.faults.faults = [Fault("GET", "^/$", 503)]
+    assert requests.get(platform.url, timeout=5).status_code == 503
+
+
 def test_latency_and_what_was_seen(platform, client):
     before = len(platform.faults.seen)
     platform.faults.latency = 0.1
@@ -289,8 +340,10 @@ def test_in_another_process(how):
         running = ["pool local/few", "compute local/few"]
         assert client("GET", "/_books").json() == {"running": running, "seen": 2, "hits": [1]}
         assert client("DELETE", "/_faults").status_code == 200
-        for wrong in ([{"method": "GET"}], [1], None, [{"method": "GET", "path": "/", "what": "x"}]):
-            assert client("POST", "/_faults", wrong).status_code == 400
+        for wrong in ([{"method": "GET"}], [1], None, 7, [{"method": "GET", "path": "/", "what": "x"}]):
+            answer = client("POST", "/_faults", wrong)
+            assert answer.status_code == 400
+            assert not re.search("__init__|argument|'int' object|NoneType", answer.text), answer.text
         assert client("GET", "/_books").json()["hits"] == []
         assert Client(about["url"], "me", "wrong")("GET", "/_books").status_code == 401
         if how == "stdin":

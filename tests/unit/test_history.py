@@ -130,7 +130,7 @@ def test_every_field_is_kept_or_follows() -> None:
     """A field that is added to an entity is stored, or named here as one that follows from the rest."""
     follow = {
         "compute": "pool instances counts",
-        "pool": "nodes node_counts worker_counts shapes claimed busy draining idle_since idle_armed "
+        "pool": "nodes node_counts worker_counts shapes claimed busy draining cordoned idle_since idle_armed "
         "boot_failures retry_at",
         "instance": "node",
         "node": "workers claimed busy draining cordoned idle_since idle_armed",

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import requests
 from yellowdog_client import PlatformClient
 from yellowdog_client.model import (
     ApiKey,
+    AutoShutdown,
     ComputeRequirementTemplateUsage,
     NodeWorkerTarget,
     ProvisionedWorkerPoolProperties,
@@ -47,7 +50,7 @@ class Lab:
     def __init__(self, platform: LocalControlPlane, client: PlatformClient) -> None:
         self.platform, self.client, self.faults = platform, client, platform.faults
 
-    def provision(self, name: str, nodes: int, template: str = "test/small"):
+    def provision(self, name: str, nodes: int, template: str = "test/small", **properties):
         """Provision a worker pool that grows with its work, whose nodes have one worker each."""
         return self.client.worker_pool_client.provision_worker_pool(
             ComputeRequirementTemplateUsage(
@@ -57,7 +60,9 @@ class Lab:
                 targetInstanceCount=nodes,
             ),
             ProvisionedWorkerPoolProperties(
-                createNodeWorkers=NodeWorkerTarget.per_node(1), workerTag=name, maxNodes=max(nodes, 4)
+                createNodeWorkers=NodeWorkerTarget.per_node(1),
+                workerTag=name,
+                **{"maxNodes": max(nodes, 4), **properties},
             ),
         )
 
@@ -266,6 +271,18 @@ def test_a_loss_is_noticed_late(lab):
     assert lab.up("pool") == []
 
 
+def test_an_unnoticed_loss_does_not_hold_the_end_up(lab):
+    """A machine that is gone already has ended as soon as it is told to."""
+    pool = lab.provision("pool", 1)
+    lab.advance(60)
+    lab.faults.lose_node("pool", noticed_after=3600)
+    lab.client.compute_client.terminate_compute_requirement_by_id(pool.computeRequirementId)
+    lab.advance(5)
+    assert lab.platform.running() == []
+    lab.advance(3600)
+    assert lab.platform.running() == []
+
+
 def test_a_machine_that_boots_is_lost(lab):
     """A machine can be lost before it is up, also one whose boot is delayed."""
     lab.faults.delay_provision(1000)
@@ -310,6 +327,46 @@ def test_a_preempted_node_without_work(lab):
     assert lab.task(task_id).status == TaskStatus.EXECUTING
 
 
+def test_resizing_spares_what_is_not_preempted(lab):
+    """A pool that is made smaller loses no healthy node in place of one that will go anyway."""
+    for name, nodes, tasks in (("idle", 3, 0), ("busy", 2, 2)):
+        pool = lab.provision(name, nodes, maxNodes=nodes)
+        ids = lab.submit(name, tasks, retries=2) if tasks else []
+        lab.advance(65)
+        lab.faults.preempt_node(name, warning=30)
+        lab.client.worker_pool_client.resize_worker_pool(pool, 1)
+        lab.advance(29)
+        assert len(lab.up(name)) == 2
+        assert len(lab.platform.core.scheduler.instances) == nodes + (3 if name == "busy" else 0)
+        lab.advance(2)
+        requirement = lab.client.compute_client.get_compute_requirement_by_id(pool.computeRequirementId)
+        if name == "idle":
+            assert (len(lab.up(name)), requirement.targetInstanceCount) == (1, 1)
+            continue
+        # The other task has gone on all the time; its place free, a node is on its way for the one warned.
+        assert [str(lab.task(each).status) for each in ids] == ["READY", "EXECUTING"]
+        assert (len(lab.up(name)), requirement.targetInstanceCount) == (1, 2)
+        lab.advance(60)
+        assert [str(lab.task(each).status) for each in ids] == ["EXECUTING", "EXECUTING"]
+        assert len(lab.task(ids[1]).errors or []) == 0
+
+
+def test_a_preempted_node_does_not_count_for_the_least(lab):
+    """The nodes that minNodes holds back are such as stay."""
+    pool = lab.provision(
+        "pool",
+        2,
+        minNodes=1,
+        idleNodeShutdown=AutoShutdown(enabled=True, timeout=timedelta(minutes=5)),
+        idlePoolShutdown=AutoShutdown(enabled=False),
+    )
+    lab.advance(60)
+    lab.faults.preempt_node("pool", warning=3600)
+    lab.advance(3600)
+    assert len(lab.up("pool")) == 1
+    assert str(lab.client.worker_pool_client.get_worker_pool_by_id(pool.id).status) == "IDLE"
+
+
 def test_a_task_is_killed(lab):
     """A killed task has failed with 137, by its id or by its name."""
     lab.provision("pool", 3)
@@ -342,6 +399,8 @@ def test_what_cannot_go_wrong(lab):
         lambda: lab.faults.limit_capacity(-1),
         lambda: lab.faults.limit_capacity(1, "test/huge"),
         lambda: Fault("GET", "/", 500, count="1"),
+        lambda: Fault("GET", "/", 500, skip=None),
+        lambda: Fault("GET", "/", 500, carried_out="no"),
         lambda: Fault("GET", "/", 500, for_=-1),
         lambda: Fault("GET", "/", "hang", seconds="long"),
         lambda: Fault("GET", "/", 500, delay=float("inf")),
@@ -591,9 +650,33 @@ def test_the_control_port_refuses(lab, body):
     answer = lab.control("POST", "/faults", body)
     assert answer.status_code == 400
     assert answer.json()["error"]
+    # Nothing of how it is made.
+    assert not re.search("__init__|argument|positional|Faults|_provision\\(", answer.json()["error"])
     if isinstance(body, dict) and body.get("body") is not None:
         assert answer.json()["error"] == "body must be text, not 3"
     assert lab.control("GET", "/faults").json() == {"faults": [], "latency": 0.0}
+
+
+def test_what_a_kind_of_fault_has(lab):
+    """A field too few or too many is named, with those that there are."""
+    for body, error in (
+        ({"kind": "http", "what": 500, "method": "GET"}, "http needs path"),
+        ({"kind": "lose_node"}, "lose_node needs which"),
+        (
+            {"kind": "delay_provision", "seconds": 1, "message": "x"},
+            "delay_provision has no message; it has seconds, pool, count, skip, after, for",
+        ),
+    ):
+        assert lab.control("POST", "/faults", body).json() == {"error": error}
+
+
+def test_what_the_control_port_does_not_have(lab):
+    """An unknown route or method is refused in the words of the rest, for those who have the token."""
+    for method, path, status in (("GET", "/nope", 404), ("PUT", "/faults", 405), ("GET", "/clock", 405)):
+        answer = lab.control(method, path)
+        assert answer.status_code == status
+        assert answer.json()["error"].startswith(f"there is no {method} {path}; there is GET /books, GET ")
+        assert lab.control(method, path, token="wrong").status_code == 401
 
 
 def test_the_clock_over_http(lab):

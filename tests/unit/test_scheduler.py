@@ -1007,7 +1007,10 @@ RUNS = st.fixed_dictionaries(
         "retryPolicy": st.sampled_from([LOST, {"maxRetries": 1}]),
     },
 )
-ENDS = ["shutdown", "terminate", "resize", "resize", "resize", "node", "node", "node", "instance", "instance"]
+ENDS = [
+    *("shutdown", "terminate", "resize", "resize", "resize", "node", "node", "node", "instance", "instance"),
+    *("warned", "warned"),
+]
 
 
 class Chance(RuleBasedStateMachine):
@@ -1105,6 +1108,9 @@ class Chance(RuleBasedStateMachine):
             self._try(scheduler.resize_pool, pool.id, data.draw(st.integers(0, 4)), now)
         elif what == "node" and pool.nodes:
             self._try(scheduler.shut_down_node, data.draw(st.sampled_from(sorted(pool.nodes))), now)
+        elif what == "warned" and pool.nodes:
+            node = pool.nodes[data.draw(st.sampled_from(sorted(pool.nodes)))]
+            self._try(scheduler.cordon, node, now)
         elif what == "instance" and pool.requirement.instances:
             one = data.draw(st.sampled_from(sorted(pool.requirement.instances)))
             self._try(scheduler.end_instances, pool.requirement.id, [one], data.draw(st.booleans()), now)
@@ -1179,9 +1185,9 @@ class Chance(RuleBasedStateMachine):
             workers = [worker for node in pool.nodes.values() for worker in node.workers]
             assert pool.claimed == sum(worker.group is not None for worker in workers)
             assert pool.busy == sum(worker.task is not None for worker in workers)
-            assert pool.draining == sum(
-                node.draining and node.instance.status == "RUNNING" for node in pool.nodes.values()
-            )
+            up = [node for node in pool.nodes.values() if node.instance.status == "RUNNING"]
+            assert pool.draining == sum(node.draining for node in up)
+            assert pool.cordoned == sum(node.cordoned and not node.draining for node in up)
             for status in ("STOPPED", "RUNNING", "LOST", "SHUTDOWN"):
                 assert pool.worker_counts.get(status, 0) == sum(w.status == status for w in workers)
             alive = [i for i in pool.requirement.instances.values() if i.status in ("PENDING", "RUNNING")]

@@ -127,17 +127,17 @@ def provision(client, nodes: int = 1, **properties):
     )
 
 
-def submit(client, seconds: float | None = None, **group):
-    work = client.work_client.add_work_requirement(
+def submit(client, seconds: float | None = None, work: str = "work", environment=None, **group):
+    added = client.work_client.add_work_requirement(
         WorkRequirement(
             namespace="local",
-            name="work",
+            name=work,
             taskGroups=[TaskGroup("group", RunSpecification(taskTypes=["bash"], **group))],
         )
     )
-    environment = {} if seconds is None else {"SIMULATED_SECONDS": str(seconds)}
+    environment = (environment or {}) if seconds is None else {"SIMULATED_SECONDS": str(seconds)}
     (task,) = client.work_client.add_tasks_to_task_group(
-        work.taskGroups[0], [Task(name="task", taskType="bash", environment=environment)]
+        added.taskGroups[0], [Task(name="task", taskType="bash", environment=environment)]
     )
     return lambda: client.work_client.get_task_by_id(task.id)
 
@@ -203,6 +203,33 @@ def test_the_end_of_all_time(platform, client):
     assert client.compute_client.get_compute_requirement_by_id(compute.id).autoShutdownTime.year == 9099
     with pytest.raises(SpecError, match="8999"):
         platform.advance(10)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SIMULATED_SECONDS", "abc"),
+        ("SIMULATED_SECONDS", "nan"),
+        ("SIMULATED_SECONDS", "inf"),
+        ("SIMULATED_SECONDS", "-5"),
+        ("SIMULATED_EXIT_CODE", "1.5"),
+        ("SIMULATED_EXIT_CODE", "abc"),
+        ("SIMULATED_EXIT_CODE", "256"),
+    ],
+)
+def test_a_simulated_task_that_cannot_be(platform, client, name, value):
+    """A task whose simulation is mistyped fails, and says so, instead of running for ever."""
+    provision(client)
+    task = submit(client, environment={name: value})
+    platform.advance(100)
+    (error,) = task().errors
+    assert (str(task().status), error.errorType) == ("FAILED", "UNABLE_START_PROCESS")
+    assert error.error.startswith(f"{name} must be a")
+    assert repr(value) in error.error
+    # Its worker is free again.
+    after = submit(client, seconds=10, work="after")
+    platform.advance(100)
+    assert str(after().status) == "COMPLETED"
 
 
 def test_a_task_timeout(platform, client):

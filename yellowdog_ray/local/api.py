@@ -20,7 +20,7 @@ from starlette.routing import Route
 from yellowdog_ray.local import api_compute, api_pools, api_work, wire
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.fields import Fields, check_name
-from yellowdog_ray.local.vocabulary import SORT_NAMESPACES
+from yellowdog_ray.local.sorting import Values
 from yellowdog_ray.local.web import Action, Call, Core, Gate, handler, on_http_exception
 
 __all__ = ["Core", "create_app"]
@@ -93,34 +93,36 @@ async def _group(call: Call) -> Any:
     return {"id": _GROUP, "name": "administrators", "adminGroup": True, "roles": [role]}
 
 
-def _namespace_json(call: Call, name: str) -> dict[str, Any]:
-    unique = uuid.uuid5(uuid.NAMESPACE_DNS, name)
-    deletable = name in call.scheduler.namespaces
-    return {"id": f"ydid:namespace:000000:{unique}", "namespace": name, "deletable": deletable}
+def _namespace_id(name: str) -> str:
+    return f"ydid:namespace:000000:{uuid.uuid5(uuid.NAMESPACE_DNS, name)}"
+
+
+def _namespace_json(name: str, used: set[str]) -> dict[str, Any]:
+    return {"id": _namespace_id(name), "namespace": name, "deletable": name not in used}
 
 
 async def _namespaces(call: Call) -> Any:
     names, part = call.queries("namespaces", "namespace"), call.query("namespaceContains") or ""
-    deletable = call.flag("deletable")
+    deletable, used = call.flag("deletable"), call.scheduler.used_namespaces()
 
     def write(name: str) -> dict[str, Any]:
-        return _namespace_json(call, name)
+        return _namespace_json(name, used)
 
     def wanted(name: str) -> bool:
         return (
             (not names or name in names)
             and part in name
-            and (deletable is None or (name in call.scheduler.namespaces) == deletable)
+            and (deletable is None or (name not in used) == deletable)
         )
 
-    return call.slice(call.scheduler.known_namespaces(), wanted, write, SORT_NAMESPACES)
+    sortable: Values = {"id": _namespace_id, "namespace": str, "deletable": lambda name: name not in used}
+    return call.slice(call.scheduler.known_namespaces(), wanted, write, sortable)
 
 
 def _find_namespace(call: Call) -> dict[str, Any]:
     for name in call.scheduler.known_namespaces():
-        found = _namespace_json(call, name)
-        if found["id"] == call.path("id"):
-            return found
+        if _namespace_id(name) == call.path("id"):
+            return _namespace_json(name, call.scheduler.used_namespaces())
     raise RefusedError.not_found(f"no namespace {call.path('id')!r}")
 
 
@@ -137,14 +139,14 @@ async def _create_namespace(call: Call) -> Any:
     call.scheduler.namespaces.add(name)
     call.core.changed()
     # The SDK takes this answer as text.
-    return str(_namespace_json(call, name)["id"])
+    return _namespace_id(name)
 
 
 async def _delete_namespace(call: Call) -> Any:
-    name = _find_namespace(call)["namespace"]
-    if name not in call.scheduler.namespaces:
-        raise RefusedError.invalid(f"Namespace {name} is in use")
-    call.scheduler.namespaces.discard(name)
+    found = _find_namespace(call)
+    if not found["deletable"]:
+        raise RefusedError.invalid(f"Namespace {found['namespace']} is in use")
+    call.scheduler.namespaces.discard(found["namespace"])
     call.core.changed()
 
 
@@ -155,7 +157,7 @@ async def _nothing(call: Call) -> Any:
 
 async def _no_keyrings(call: Call) -> Any:
     call.take_any()
-    return call.slice([], bool, dict, frozenset({"id", "name", "description"}), bare=True)
+    return call.slice([], bool, dict, dict.fromkeys(("id", "name", "description"), str), bare=True)
 
 
 _ROUTES: Mapping[tuple[str, str], Action] = {

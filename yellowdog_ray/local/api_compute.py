@@ -10,15 +10,17 @@ from yellowdog_ray.local.asks import RefusedError, Template
 from yellowdog_ray.local.entities import ComputeRequirement, Instance
 from yellowdog_ray.local.fields import MAX_NODES, Fields
 from yellowdog_ray.local.intake import read_auto_shutdown, read_usage
-from yellowdog_ray.local.vocabulary import (
-    COMPUTE_STATUSES,
-    INSTANCE_STATUSES,
-    PROVIDERS,
+from yellowdog_ray.local.sorting import (
     SORT_COMPUTE,
     SORT_COMPUTE_SUMMARIES,
     SORT_INSTANCES,
     SORT_SOURCES,
     SORT_TEMPLATES,
+)
+from yellowdog_ray.local.vocabulary import (
+    COMPUTE_STATUSES,
+    INSTANCE_STATUSES,
+    PROVIDERS,
 )
 from yellowdog_ray.local.web import Action, Call, stream
 
@@ -32,7 +34,7 @@ async def _provision(call: Call) -> Any:
 
 
 async def _requirements(call: Call) -> Any:
-    named, healthy = call.named(), call.flag("isHealthy")
+    named, healthy = call.named(tagged=True), call.flag("isHealthy")
     statuses = call.words("statuses", COMPUTE_STATUSES)
     created = call.within("createdTime")
     summaries = call.flag("summaries")
@@ -43,7 +45,7 @@ async def _requirements(call: Call) -> Any:
         return (
             named(usage.namespace, usage.name, usage.tag)
             and (not statuses or requirement.status in statuses)
-            and (healthy is None or (requirement.source_status != "ERRORED") == healthy)
+            and (healthy is None or wire.requirement_healthy(requirement) == healthy)
             and created(requirement.created)
         )
 
@@ -92,7 +94,7 @@ async def _transition_requirement(call: Call) -> Any:
 
 async def _auto_shutdown(call: Call) -> Any:
     value = await call.body()
-    wish = read_auto_shutdown(None if value is None else Fields(value, "autoShutdown"))
+    wish = read_auto_shutdown(None if value is None else Fields(value, "autoShutdown"), needs_timeout=True)
     requirement = call.scheduler.set_auto_shutdown(call.path("id"), wish, call.now)
     call.core.changed()
     return wire.requirement_json(requirement)
@@ -169,7 +171,7 @@ async def _templates(call: Call) -> Any:
     def wanted(template: Template) -> bool:
         line = wire.template_summary(template)
         return (
-            named(template.namespace, template.name, None)
+            named(template.namespace, template.name)
             and _of_kind(kinds, line["type"])
             and _of_kind(strategies, line["strategyType"])
         )
@@ -191,7 +193,7 @@ async def _sources(call: Call) -> Any:
 
     def wanted(template: Template) -> bool:
         kind = wire.source_template_summary(template)["sourceType"]
-        return named(template.namespace, template.name, None) and _of_kind(kinds, kind)
+        return named(template.namespace, template.name) and _of_kind(kinds, kind)
 
     templates = call.scheduler.templates.values()
     return call.slice(templates, wanted, wire.source_template_summary, SORT_SOURCES, bare=True)

@@ -10,13 +10,12 @@ from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.entities import Node, Pool
 from yellowdog_ray.local.fields import Fields
 from yellowdog_ray.local.intake import read_pool, read_usage
+from yellowdog_ray.local.sorting import SORT_NODES, SORT_POOLS
 from yellowdog_ray.local.vocabulary import (
     NODE_STATUSES,
     POOL_STATUSES,
     POOL_TYPES,
     PROVIDERS,
-    SORT_NODES,
-    SORT_POOLS,
     WORKER_STATUSES,
 )
 from yellowdog_ray.local.web import Action, Call, stream
@@ -51,7 +50,7 @@ async def _pools(call: Call) -> Any:
 
     def wanted(pool: Pool) -> bool:
         return (
-            named(pool.namespace, pool.name, None)
+            named(pool.namespace, pool.name)
             and (not statuses or pool.status in statuses)
             and (not kinds or any(wire.pool_summary(pool)["type"].endswith(kind) for kind in kinds))
             and (healthy is None or wire.pool_healthy(pool) == healthy)

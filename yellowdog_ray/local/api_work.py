@@ -9,7 +9,8 @@ from yellowdog_ray.local import wire
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.entities import Task, WorkRequirement
 from yellowdog_ray.local.intake import read_task, read_work
-from yellowdog_ray.local.vocabulary import SORT_TASKS, SORT_WORK, TASK_STATUSES, WORK_STATUSES
+from yellowdog_ray.local.sorting import SORT_TASKS, SORT_WORK
+from yellowdog_ray.local.vocabulary import TASK_STATUSES, WORK_STATUSES
 from yellowdog_ray.local.web import Action, Call, stream
 
 __all__ = ["ROUTES"]
@@ -37,7 +38,8 @@ async def _update_work(call: Call) -> Any:
 
 
 async def _works(call: Call) -> Any:
-    named, statuses, healthy = call.named(), call.words("statuses", WORK_STATUSES), call.flag("isHealthy")
+    named, statuses = call.named(tagged=True), call.words("statuses", WORK_STATUSES)
+    healthy = call.flag("isHealthy")
     created, changed = call.within("createdTime"), call.within("statusChangedTime")
 
     def wanted(work: WorkRequirement) -> bool:
@@ -46,7 +48,7 @@ async def _works(call: Call) -> Any:
             and (not statuses or work.status in statuses)
             and created(work.created)
             and changed(work.changed)
-            and (healthy is None or wire.work_summary(work)["healthy"] == healthy)
+            and (healthy is None or wire.work_healthy(work) == healthy)
         )
 
     return call.slice(call.scheduler.works.values(), wanted, wire.work_summary, SORT_WORK, bare=True)

@@ -312,8 +312,11 @@ class LocalControlPlane:
 
     async def _install(self, call: Call) -> Any:
         try:
-            faults = [read_fault(fields) for fields in await call.body()]
-        except (TypeError, ValueError, AttributeError, OverflowError, SpecError) as problem:
+            wishes = await call.body()
+            if not isinstance(wishes, list):
+                raise SpecError(f"it is {wishes!r}")
+            faults = [read_fault(wish) for wish in wishes]
+        except SpecError as problem:
             raise RefusedError.invalid(f"The body must be a list of faults: {problem}") from None
         self.faults.faults = [*self.faults.faults, *faults]
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
+import inspect
 import json
 import secrets
 import socket
@@ -32,6 +33,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -134,13 +136,32 @@ def books(core: ControlPlane, faults: PlatformFaults) -> dict[str, Any]:
     }
 
 
-def read_fault(fields: dict[str, Any]) -> Fault:
-    """Make a fault of requests out of JSON, in which ``body`` is text."""
-    body = fields.get("body")
-    if body is None:
-        return Fault(**fields)
-    text("body", body)
-    return Fault(**{**fields, "body": body.encode()})
+def read_fault(wish: Any) -> Fault:
+    """Make a fault of requests out of JSON, in which ``body`` is text.
+
+    :raises SpecError: when it is none.
+    """
+    fields = _arguments("http", Fault, wish)
+    if "body" in fields:
+        text("body", fields["body"])
+        fields["body"] = fields["body"].encode()
+    return Fault(**fields)
+
+
+def _arguments(kind: str, function: Callable[..., Any], wish: Any) -> dict[str, Any]:
+    """Return the fields of a fault as arguments of what makes it; refuse unknown and missing ones by name."""
+    if not isinstance(wish, dict):
+        raise SpecError(f"a fault is an object, not {wish!r}")
+    parameters = inspect.signature(function).parameters
+    fields = {"for_" if name == "for" else name: each for name, each in wish.items() if name != "kind"}
+    unknown = ", ".join(name for name in fields if name not in parameters)
+    if unknown:
+        has = ", ".join(name.rstrip("_") for name in parameters)
+        raise SpecError(f"{kind} has no {unknown}; it has {has}")
+    missing = [name for name, one in parameters.items() if one.default is one.empty and name not in fields]
+    if missing:
+        raise SpecError(f"{kind} needs {', '.join(missing)}")
+    return fields
 
 
 class ControlPort:
@@ -169,14 +190,13 @@ class ControlPort:
         """
         self._core, self._faults, self._advance = core, faults, advance
         routes = [
-            Route("/books", self._endpoint(self._books), methods=["GET"]),
-            Route("/faults", self._endpoint(self._list), methods=["GET"]),
-            Route("/faults", self._endpoint(self._add), methods=["POST"]),
-            Route("/faults", self._endpoint(self._clear), methods=["DELETE"]),
-            Route("/clock", self._endpoint(self._clock), methods=["POST"]),
+            Route(path, self._endpoint(action), methods=[method])
+            for (method, path), action in self._routes().items()
         ]
+        app = Starlette(routes=routes, exception_handlers={HTTPException: self._no_route})
+        app.router.redirect_slashes = False
         config = uvicorn.Config(
-            Starlette(routes=routes),
+            app,
             log_config=None,
             log_level="critical",
             access_log=False,
@@ -187,6 +207,15 @@ class ControlPort:
         )
         self._server = uvicorn.Server(config)
         return self._server
+
+    def _routes(self) -> dict[tuple[str, str], Callable[[Any], Awaitable[Any]]]:
+        return {
+            ("GET", "/books"): self._books,
+            ("GET", "/faults"): self._list,
+            ("POST", "/faults"): self._add,
+            ("DELETE", "/faults"): self._clear,
+            ("POST", "/clock"): self._clock,
+        }
 
     async def serve(self) -> None:
         """Serve until :meth:`stop`."""
@@ -200,23 +229,31 @@ class ControlPort:
         self, action: Callable[[Any], Awaitable[Any]]
     ) -> Callable[[Request], Awaitable[JSONResponse]]:
         async def endpoint(request: Request) -> JSONResponse:
-            scheme, _, token = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self.token.encode()):
-                return JSONResponse(
-                    {"error": "the header Authorization: Bearer TOKEN is missing or wrong"}, 401
-                )
+            if not self._shown(request):
+                return _error("the header Authorization: Bearer TOKEN is missing or wrong", 401)
             try:
                 return JSONResponse(await action(await _body(request)))
             except ClientDisconnect:
-                return JSONResponse({"error": "the client has gone"}, 400)
+                return _error("the client has gone", 400)
             except ClusterStateError as problem:
-                return JSONResponse({"error": str(problem)}, 409)
+                return _error(str(problem), 409)
             except RecursionError:
-                return JSONResponse({"error": "the body is nested too deeply"}, 400)
-            except (SpecError, TypeError, ValueError, AttributeError, OverflowError) as problem:
-                return JSONResponse({"error": str(problem)}, 400)
+                return _error("the body is nested too deeply", 400)
+            except (SpecError, ValueError, OverflowError) as problem:
+                return _error(str(problem), 400)
 
         return endpoint
+
+    def _shown(self, request: Request) -> bool:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(token.encode(), self.token.encode())
+
+    async def _no_route(self, request: Request, problem: Exception) -> JSONResponse:
+        if not self._shown(request):
+            return _error("the header Authorization: Bearer TOKEN is missing or wrong", 401)
+        status = problem.status_code if isinstance(problem, HTTPException) else 500
+        there = ", ".join(f"{method} {path}" for method, path in self._routes())
+        return _error(f"there is no {request.method} {request.url.path}; there is {there}", status)
 
     async def _books(self, body: Any) -> Any:
         return books(self._core, self._faults)
@@ -245,23 +282,20 @@ class ControlPort:
     def _one(self, wish: Any) -> Any:
         if not isinstance(wish, dict) or wish.get("kind") not in _KINDS:
             raise SpecError(f"a fault is an object with a kind, which is one of {', '.join(_KINDS)}")
-        fields = {"for_" if name == "for" else name: value for name, value in wish.items() if name != "kind"}
         kind = wish["kind"]
-        if kind == "latency":
-            seconds = fields.pop("seconds", None)
-            number("seconds", seconds)
-            if fields:
-                raise SpecError(f"latency has no {', '.join(sorted(fields))}")
-            self._faults.latency = seconds
-            return {}
         if kind == "http":
-            return _written(self._faults.http(read_fault(fields)))
-        result = getattr(self._faults, kind)(**fields)
+            return _written(self._faults.http(read_fault(wish)))
+        function = self._set_latency if kind == "latency" else getattr(self._faults, kind)
+        result = function(**_arguments(kind, function, wish))
         if kind == "kill_task":
             return {"tasks": result}
         if kind in ("lose_node", "preempt_node"):
             return {"instances": result}
         return _written(result) if result is not None else {}
+
+    def _set_latency(self, seconds: Any) -> None:
+        number("seconds", seconds)
+        self._faults.latency = seconds
 
 
 async def _body(request: Request) -> Any:
@@ -271,6 +305,10 @@ async def _body(request: Request) -> Any:
         if len(whole) > _MAX_BODY:
             raise SpecError(f"a request has at most {_MAX_BODY} bytes")
     return json.loads(whole) if whole.strip() else None
+
+
+def _error(message: str, status: int) -> JSONResponse:
+    return JSONResponse({"error": message}, status)
 
 
 def _written(fault: Fault | ProvisionFault | CapacityLimit) -> dict[str, Any]:

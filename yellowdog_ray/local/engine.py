@@ -7,11 +7,18 @@ import itertools
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from yellowdog_ray.errors import SpecError
 from yellowdog_ray.local.events import Effect
+from yellowdog_ray.local.lifecycle import POOL_NEXT
 
 __all__ = ["Engine", "SchedulerOptions"]
+
+# The statuses of a pool that has not been shut down.
+_POOL_STATUSES = frozenset(POOL_NEXT) - {"SHUTDOWN"}
+# In seconds, thirty thousand years.
+_MOST = 1e12
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class SchedulerOptions:
         ``"whole"``.
     :param grow_without_max: whether a pool that says no ``maxNodes`` grows as far as there are tasks;
         otherwise, up to the number of nodes that it was provisioned with.
+    :raises SpecError: when one of them is none of its choices.
     """
 
     template_environment: Literal["replace", "merge"] = "replace"
@@ -54,6 +62,35 @@ class SchedulerOptions:
     end_again: Literal["accept", "refuse"] = "accept"
     search_names: Literal["part", "whole"] = "part"
     grow_without_max: bool = False
+
+    def __post_init__(self) -> None:
+        # A mistyped choice would be none of those that are looked for, and change things without a word.
+        for name, kind in get_type_hints(type(self)).items():
+            value, may = getattr(self, name), _choices(kind)
+            if not may[1](value):
+                raise SpecError(f"{name} of SchedulerOptions must be {may[0]}, not {value!r}")
+
+
+def _choices(kind: Any) -> tuple[str, Callable[[Any], bool]]:
+    """Return in words what an option of a kind may be, and the test for it."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return " or ".join(repr(each) for each in choices), lambda value: value in choices
+    if kind is bool:
+        return "True or False", lambda value: isinstance(value, bool)
+    if kind is float:
+        return f"a number of seconds from 0 to {_MOST:g}", _is_span
+    if kind == float | None:
+        return f"a number of seconds from 0 to {_MOST:g}, or None", lambda v: v is None or _is_span(v)
+    return f"a set of {', '.join(sorted(_POOL_STATUSES))}", _are_pool_statuses
+
+
+def _is_span(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _are_pool_statuses(value: Any) -> bool:
+    return isinstance(value, (set, frozenset)) and value <= _POOL_STATUSES
 
 
 class Engine:

@@ -128,6 +128,8 @@ class Pool:
     busy: int = 0
     #: Nodes that end with their running tasks; their machines are still up.
     draining: int = 0
+    #: Other nodes that will go because their machine will.
+    cordoned: int = 0
     last_claimed: float | None = None
     last_released: float | None = None
     idle_since: float | None = None

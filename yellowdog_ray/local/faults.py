@@ -7,6 +7,7 @@ outside the whole API, so a client cannot tell the fault from one of the network
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,10 +17,13 @@ from typing import Any, Literal, Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yellowdog_ray.errors import SpecError
+from yellowdog_ray.local.web import tidy
 
 __all__ = ["Chosen", "Fault", "Faults", "check_chosen", "number", "pattern", "takes", "text", "whole"]
 
 _SEEN = 100_000
+# What follows such an answer is taken for the next one (RFC 9110, 6.4.1).
+_BODILESS = (204, 304)
 # In seconds, thirty thousand years.
 _MOST = 1e12
 # What HTTP allows (RFC 9110, 5.1 and 5.5).
@@ -83,9 +87,9 @@ def check_chosen(fault: Chosen) -> None:
 
     :raises SpecError: naming the field.
     """
-    for name, value in (("count", fault.count), ("skip", fault.skip)):
-        if value is not None:
-            whole(name, value)
+    whole("skip", fault.skip)
+    if fault.count is not None:
+        whole("count", fault.count)
     number("after", fault.after)
     if fault.for_ is not None:
         number("for_", fault.for_)
@@ -119,16 +123,18 @@ class Fault:
     requests the fault has taken.
 
     :param method: the HTTP method of the requests that it is for, in any case; ``"*"`` for every method.
-    :param path: a regular expression that is looked for in their path, without the query.
+    :param path: a regular expression that is looked for in their path, without the query, and without the
+        doubled and trailing slashes that the SDK sends.
     :param what: an HTTP status to answer with instead; ``"before"`` or ``"after"``: the connection is
         dropped before or after the request is carried out; ``"hang"``: the request is held for
         ``seconds``, and then carried out and answered (``carried_out``), or its connection dropped.
     :param count: how many requests it takes; None for all that come.
     :param skip: how many matching requests it lets pass first.
     :param headers: headers of the answer, for a status.
-    :param body: body of the answer, for a status.
+    :param body: body of the answer, for a status that has one (204 and 304 have none).
     :param carried_out: for a status, whether the request is carried out first, and its real answer lost;
-        for ``"hang"``, whether it is carried out in the end.
+        for ``"hang"``, whether it is carried out in the end. An update stream has been carried out when it
+        has begun.
     :param seconds: for ``"hang"``, how long the request is held. It is held less long where the client
         goes away or the platform closes.
     :param delay: seconds by which the answer, or the end of the connection, comes late.
@@ -160,6 +166,8 @@ class Fault:
         known = self.what in ("before", "after", "hang")
         if not known and not (isinstance(self.what, int) and 200 <= self.what <= 599):
             raise SpecError(f"what of a fault is a status, 'before', 'after' or 'hang', not {self.what!r}")
+        if not isinstance(self.carried_out, bool):
+            raise SpecError(f"carried_out of a fault must be True or False, not {self.carried_out!r}")
         text("method", self.method)
         self.method = self.method.upper()
         pattern("path", self.path)
@@ -192,11 +200,12 @@ class Faults:
 
     ``faults`` may be changed, and ``latency`` set, from any thread while requests come in. Of several
     faults that match a request, the first takes it, and the others do not count it. Paths that begin with
-    ``/_`` are no part of the API, and pass.
+    ``/_`` are no part of the API, and pass; so do those that are not admitted, and no fault counts them.
 
     :param closing: set when the platform closes: what is held is then held no longer.
     :param clock: what the times of faults are counted on, in seconds; what is held or comes late is so by
         the machine's clock, whatever this one shows.
+    :param admits: says whether the API will let a request in; None where it lets all in.
     """
 
     def __init__(
@@ -204,8 +213,10 @@ class Faults:
         app: ASGIApp,
         closing: asyncio.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
+        admits: Callable[[Scope], bool] | None = None,
     ) -> None:
         self.app = app
+        self._admits = admits
         self._clock = clock
         self._faults: list[Fault] = []
         self._latency = 0.0
@@ -248,16 +259,19 @@ class Faults:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take a request in."""
-        if scope["type"] != "http" or scope["path"].startswith("/_"):
+        path = tidy(scope.get("path", ""))
+        if scope["type"] != "http" or path.startswith("/_"):
             await self.app(scope, receive, send)
             return
-        method, path = scope["method"], scope["path"]
+        method = scope["method"]
         self.requests += 1
         self.seen.append((method, path))
         if len(self.seen) >= 2 * _SEEN:
             del self.seen[:_SEEN]
         now = self._clock()
-        fault = next((one for one in list(self.faults) if one.takes(method, path, now)), None)
+        fault = None
+        if self.faults and (self._admits is None or self._admits(scope)):
+            fault = next((one for one in list(self.faults) if one.takes(method, path, now)), None)
         if self.latency:
             await asyncio.sleep(self.latency)
         if fault is None:
@@ -289,12 +303,14 @@ class Faults:
             await self.app(scope, again, late)
             return
         if fault.what == "after" or fault.carried_out:
-            await self.app(scope, again, _swallow)
+            with contextlib.suppress(_BegunError):
+                await self.app(scope, again, _swallow)
         await self._hold(fault.delay, receive)
         if isinstance(fault.what, int):
             headers = [(key.encode(), value.encode("latin-1")) for key, value in fault.headers.items()]
             await send({"type": "http.response.start", "status": fault.what, "headers": headers})
-            await send({"type": "http.response.body", "body": fault.body})
+            body = b"" if fault.what in _BODILESS else fault.body
+            await send({"type": "http.response.body", "body": body})
         else:
             await _drop(send)
 
@@ -325,8 +341,14 @@ async def _gone(receive: Receive) -> bool:
     return True
 
 
+class _BegunError(Exception):
+    """The first part of a stream is there."""
+
+
 async def _swallow(message: Message) -> None:
-    """Lose a part of an answer."""
+    """Lose a part of an answer; a stream, which could go on for ever, ends with its first."""
+    if message.get("more_body"):
+        raise _BegunError
 
 
 async def _drop(send: Send) -> None:

@@ -98,8 +98,12 @@ class Fleet(Engine):
         counts = instance.requirement.counts
         counts[instance.status] -= 1
         counts[status] = counts.get(status, 0) + 1
-        if instance.status == "RUNNING" and instance.node is not None and instance.node.draining:
-            instance.node.pool.draining -= 1
+        node = instance.node
+        if instance.status == "RUNNING" and node is not None:
+            if node.draining:
+                node.pool.draining -= 1
+            elif node.cordoned:
+                node.pool.cordoned -= 1
         instance.status, instance.changed = status, now
         instance.requirement.updated = now
         self._mark(instance.requirement)
@@ -191,7 +195,9 @@ class Fleet(Engine):
         pool = requirement.pool
         if pool is not None:
             pool.boot_failures += 1
-            pool.retry_at = now + min(300.0, self.options.boot_retry * 2.0 ** (pool.boot_failures - 1))
+            # No power so high that no float can hold it: a thousand machines may fail at once.
+            doubled = 2.0 ** min(pool.boot_failures - 1, 100)
+            pool.retry_at = now + min(300.0, self.options.boot_retry * doubled)
             self._at(pool.retry_at, self._retry_due, pool)
 
     def _gone(self, instance: Instance, reason: str, now: float) -> None:
@@ -254,6 +260,8 @@ class Fleet(Engine):
             return
         node.draining = True
         node.pool.draining += 1
+        if node.cordoned:
+            node.pool.cordoned -= 1
         self._touch(node.pool, now)
         self._forget_free(node)
         self._release_idle(node, now)
@@ -349,7 +357,7 @@ class Fleet(Engine):
         if now < due:
             node.idle_armed = True
             self._at(due, self._node_idle_due, node)
-        elif self._standing(node.pool) > node.pool.spec.min_nodes:
+        elif self._staying(node.pool) > node.pool.spec.min_nodes:
             self._drain(node, now)
         else:
             # Kept only because of minNodes: looked at again after another idle time.
@@ -374,8 +382,12 @@ class Fleet(Engine):
     # --------------------------------------------------------------------------------------- ends
 
     def _standing(self, pool: Pool) -> int:
-        """Return how many nodes a pool has, or will have soon, that stay."""
+        """Return how many nodes a pool has, or will have soon, but for those that it ends."""
         return pool.requirement.alive - pool.draining
+
+    def _staying(self, pool: Pool) -> int:
+        """Return how many of them will not be taken away either; the others hold their places until then."""
+        return self._standing(pool) - pool.cordoned
 
     def _terminate(self, requirement: ComputeRequirement, now: float) -> None:
         self._set_requirement(requirement, "TERMINATING", now)

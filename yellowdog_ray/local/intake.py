@@ -25,12 +25,17 @@ from yellowdog_ray.local.vocabulary import PRICING, PROVIDERS
 __all__ = ["WorkAsk", "read_auto_shutdown", "read_group", "read_pool", "read_task", "read_usage", "read_work"]
 
 
-def read_auto_shutdown(fields: Fields | None) -> AutoShutdown | None:
-    """Read an ``AutoShutdown``: a timeout without ``enabled`` enables it."""
+def read_auto_shutdown(fields: Fields | None, needs_timeout: bool = False) -> AutoShutdown | None:
+    """Read an ``AutoShutdown``: a timeout without ``enabled`` enables it.
+
+    :param needs_timeout: whether there is no other one that would count where it says none.
+    """
     if fields is None:
         return None
     timeout = fields.duration("timeout")
     enabled = fields.flag("enabled", timeout is not None)
+    if enabled and timeout is None and needs_timeout:
+        raise RefusedError.invalid("autoShutdown.timeout is required where it is enabled")
     fields.done()
     return AutoShutdown(enabled, timeout)
 
@@ -50,7 +55,7 @@ def read_usage(value: Any) -> Usage:
         images_id=fields.text("imagesId"),
         instance_tags=fields.mapping("instanceTags") or {},
         maintain=fields.flag("maintainInstanceCount", False),
-        auto_shutdown=read_auto_shutdown(fields.fields("autoShutdown")),
+        auto_shutdown=read_auto_shutdown(fields.fields("autoShutdown"), needs_timeout=True),
     )
     if any(key != key.lower() for key in usage.instance_tags):
         raise fields.bad("instanceTags", "keyed by names in lower case")
@@ -75,6 +80,8 @@ def read_pool(value: Any) -> PoolSpec:
             )
         if kind not in ("PER_NODE", "PER_VCPU"):
             raise workers.bad("targetType", "PER_NODE or PER_VCPU")
+        if kind == "PER_NODE":
+            workers.whole("targetCount")
         per_node, per_vcpu = workers.number("targetCount", 1), kind == "PER_VCPU"
         if per_node < 0:
             raise workers.bad("targetCount", "0 or more")

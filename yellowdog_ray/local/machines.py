@@ -132,10 +132,12 @@ class Machines(Fleet):
         return node
 
     def cordon(self, node: Node, now: float) -> None:
-        """Give a node no more tasks; those that run go on, and so does the node."""
+        """Give a node no more tasks, because its machine will go; those that run go on until then."""
         if not node.usable:
             return
         node.cordoned = True
+        node.pool.cordoned += 1
+        self._touch(node.pool, now)
         self._forget_free(node)
         self._release_idle(node, now)
         self._settle(now)
@@ -154,13 +156,13 @@ class Machines(Fleet):
         pool.max_nodes = max(pool.max_nodes, size)
         pool.requirement.target = size
         self._mark(pool.requirement)
-        standing = self._standing(pool)
-        if size > standing:
-            self._launch(pool.requirement, size - standing, now)
+        staying = self._staying(pool)
+        if size > staying:
+            self._launch(pool.requirement, size - staying, now)
         else:
             candidates = [node for node in pool.nodes.values() if node.usable]
             candidates.sort(key=lambda node: (node.claimed > 0, -node.registered))
-            for node in candidates[: standing - size]:
+            for node in candidates[: staying - size]:
                 self._drain(node, now)
         self._touch(pool, now)
         self._settle(now)
@@ -244,8 +246,6 @@ class Machines(Fleet):
         requirement = self.requirement(requirement_id)
         if requirement.status in ("TERMINATING", "TERMINATED"):
             raise RefusedError.invalid(f"The compute requirement is {requirement.status}")
-        if wish is not None and wish.enabled and wish.timeout is None:
-            raise RefusedError.invalid("autoShutdown.timeout is required where it is enabled")
         self._set_auto_shutdown(requirement, wish, now)
         self._settle(now)
         return requirement
@@ -257,7 +257,7 @@ class Machines(Fleet):
         count = max(0, min(count, min(pool.max_nodes, MAX_NODES) - self._standing(pool)))
         if count:
             self._launch(pool.requirement, count, now)
-            pool.requirement.target = max(pool.requirement.target, pool.requirement.alive)
+            pool.requirement.target = max(pool.requirement.target, self._staying(pool))
         return count
 
     # ------------------------------------------------------------------------------- the past

@@ -51,8 +51,12 @@ class Scheduler(Machines, Work):
 
     def known_namespaces(self) -> list[str]:
         """Return the namespaces that were created or are in use."""
+        return sorted(self.namespaces | self.used_namespaces())
+
+    def used_namespaces(self) -> set[str]:
+        """Return the namespaces that something is in, or was."""
         used = {name for names in (self._work_names, self._requirement_names) for name, _ in names}
-        return sorted(self.namespaces | used | {each.namespace for each in self.templates.values()})
+        return used | {each.namespace for each in self.templates.values()}
 
     # ------------------------------------------------------------------------------------ events
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from yellowdog_ray.local.clock import Timer, Timers
@@ -18,10 +18,14 @@ from yellowdog_ray.local.events import (
     StartTask,
     StopNode,
     TaskExited,
+    TaskNotStarted,
     TaskStarted,
 )
 
 __all__ = ["SimulatedBackend"]
+
+# In seconds, thirty thousand years.
+_MOST = 1e12
 
 
 @dataclass
@@ -36,7 +40,7 @@ class SimulatedBackend:
 
     A task runs until it is aborted or its node ends; or, where its environment says so, for
     ``SIMULATED_SECONDS`` seconds, then ending with ``SIMULATED_EXIT_CODE`` (0 if not given). Either
-    variable alone is enough.
+    variable alone is enough; a task that has one which cannot be cannot be started.
 
     :param timers: the clock that it lives by, such as the event loop.
     :param on_event: gets the events, on the loop.
@@ -75,8 +79,9 @@ class SimulatedBackend:
             timer = self._timers.call_later(self.boot_delay, self._boot, effect)
             self._machines[effect.instance_id] = _Machine(timer, effect.hostname)
         elif isinstance(effect, StopNode):
-            if self._end(effect.instance_id):
-                self._timers.call_later(self.stop_delay, self._on_event, NodeStopped(effect.instance_id))
+            # One that is gone already has ended too: its loss may not have been noticed yet.
+            self._end(effect.instance_id)
+            self._timers.call_later(self.stop_delay, self._on_event, NodeStopped(effect.instance_id))
         elif isinstance(effect, StartTask):
             machine = self._machines.get(effect.instance_id)
             if machine is not None:
@@ -134,10 +139,14 @@ class SimulatedBackend:
     def _start(self, task: StartTask) -> None:
         machine = self._machines[task.instance_id]
         machine.tasks[task.run_id] = None
-        wish = task.environment
-        if "SIMULATED_SECONDS" in wish or "SIMULATED_EXIT_CODE" in wish:
-            code = int(wish.get("SIMULATED_EXIT_CODE", "0"))
-            delay = float(wish.get("SIMULATED_SECONDS", "0"))
+        try:
+            end = _end_of(task.environment)
+        except ValueError as problem:
+            del machine.tasks[task.run_id], self._where[task.run_id]
+            self._on_event(TaskNotStarted(task.run_id, str(problem)))
+            return
+        if end is not None:
+            delay, code = end
             machine.tasks[task.run_id] = self._timers.call_later(delay, self.exit, task.run_id, code)
         self._on_event(TaskStarted(task.run_id))
 
@@ -161,3 +170,22 @@ class SimulatedBackend:
         for run_id in machine.tasks:
             self._where.pop(run_id, None)
         return True
+
+
+def _end_of(environment: Mapping[str, str]) -> tuple[float, int] | None:
+    """Return after how many seconds a task is to end, and with which exit code; None if it is not said.
+
+    :raises ValueError: when it says what cannot be.
+    """
+    if "SIMULATED_SECONDS" not in environment and "SIMULATED_EXIT_CODE" not in environment:
+        return None
+    seconds, code = environment.get("SIMULATED_SECONDS", "0"), environment.get("SIMULATED_EXIT_CODE", "0")
+    try:
+        delay = float(seconds)
+    except ValueError:
+        delay = -1.0
+    if not 0 <= delay <= _MOST:
+        raise ValueError(f"SIMULATED_SECONDS must be a number from 0 to {_MOST:g}, not {seconds!r}")
+    if not (code.isascii() and code.isdigit() and int(code) <= 255):
+        raise ValueError(f"SIMULATED_EXIT_CODE must be a whole number from 0 to 255, not {code!r}")
+    return delay, int(code)

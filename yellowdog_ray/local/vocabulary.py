@@ -1,6 +1,6 @@
 """The words of YellowDog's API that a request may use; a mistyped one would find nothing, without a word.
 
-Source: the enums and list items of YellowDog's SDK 15.9 (``yellowdog_client.model``); a test compares them.
+Source: the enums of YellowDog's SDK 15.9 (``yellowdog_client.model``); a test compares them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,6 @@ __all__ = [
     "POOL_TYPES",
     "PRICING",
     "PROVIDERS",
-    "SORT_COMPUTE",
-    "SORT_COMPUTE_SUMMARIES",
-    "SORT_INSTANCES",
-    "SORT_NAMESPACES",
-    "SORT_NODES",
-    "SORT_POOLS",
-    "SORT_SOURCES",
-    "SORT_TASKS",
-    "SORT_TEMPLATES",
-    "SORT_WORK",
     "TASK_STATUSES",
     "WORKER_STATUSES",
     "WORK_STATUSES",
@@ -56,33 +46,3 @@ POOL_TYPES = frozenset(
     for kind in ("ProvisionedWorkerPool", "ConfiguredWorkerPool")
     for package in ("", "co.yellowdog.platform.model.")
 )
-
-# The fields of a list's items that hold one value.
-_NAMED = "id namespace name tag createdTime status statusChangedTime"
-SORT_WORK = _words(f"{_NAMED} priority completedTaskCount totalTaskCount healthy")
-SORT_TASKS = _words(
-    "id status retryCount taskGroupId nodeId workerId name tag taskType startedTime finishedTime "
-    "abortRequestedTime resubmittedToTaskId resubmittedFromTaskId timeout taskData"
-)
-SORT_POOLS = _words(
-    "id name namespace type status createdTime statusChangedTime healthy registeredNodeCount "
-    "registeredWorkerCount claimedWorkerCount workingWorkerCount"
-)
-SORT_NODES = _words(
-    "id workerPoolId status statusChangedTime registeredTime deregisteredTime preemptionWarningTime "
-    "actionQueueStatus agentVersion"
-)
-SORT_COMPUTE = _words(
-    f"{_NAMED} createdById createdFromId targetInstanceCount expectedInstanceCount maintainInstanceCount "
-    "nextStatus autoShutdownTime"
-)
-SORT_COMPUTE_SUMMARIES = _words(
-    f"{_NAMED} targetInstanceCount expectedInstanceCount aliveInstanceCount healthy"
-)
-SORT_INSTANCES = _words(
-    "type createdTime provider instanceType region subregion imageId hostname privateIpAddress "
-    "publicIpAddress spot status statusChangedTime"
-)
-SORT_TEMPLATES = _words("id name namespace description strategyType type")
-SORT_SOURCES = _words("id name namespace description sourceType provider")
-SORT_NAMESPACES = _words("id namespace deletable")

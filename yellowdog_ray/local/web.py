@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 import re
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -19,7 +21,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.scheduler import Scheduler
 
-__all__ = ["MAX_BODY", "Action", "Call", "Core", "Gate", "handler", "on_http_exception", "stream"]
+__all__ = [
+    "MAX_BODY",
+    "Action",
+    "Call",
+    "Core",
+    "Gate",
+    "admitted",
+    "handler",
+    "on_http_exception",
+    "stream",
+    "tidy",
+]
 
 #: The largest request body that is taken, in bytes, also after it was decompressed.
 MAX_BODY = 64 * 1024 * 1024
@@ -71,6 +84,20 @@ def answer(content: Any, status: int = 200) -> Response:
     return Response(body, status, media_type="application/json")
 
 
+def tidy(path: str) -> str:
+    """Return a path without doubled and trailing slashes."""
+    return re.sub("/{2,}", "/", path).rstrip("/") or "/"
+
+
+def admitted(scope: Scope, core: Core) -> bool:
+    """Say whether a request shows the application key, or needs none."""
+    if tidy(scope["path"]) == "/" and scope["method"] in ("GET", "HEAD"):
+        return True
+    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    key_id, colon, secret = key.partition(":")
+    return scheme.lower() == "yd-key" and bool(colon) and core.check_key(key_id, secret)
+
+
 class Gate:
     """The door of the API: it tidies paths up, and lets nobody in without the application key.
 
@@ -87,27 +114,25 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = re.sub("/{2,}", "/", scope["path"]).rstrip("/") or "/"
+        path = tidy(scope["path"])
         scope = {**scope, "path": path, "raw_path": path.encode()}
-        open_door = path == "/" and scope["method"] in ("GET", "HEAD")
-        if not open_door and not self._knows(Headers(scope=scope).get("authorization", "")):
+        if not admitted(scope, self._core):
             refusal = error(401, "NotAuthorisedException", "The application key is missing or wrong")
             await refusal(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _knows(self, header: str) -> bool:
-        scheme, _, key = header.partition(" ")
-        key_id, colon, secret = key.partition(":")
-        return scheme.lower() == "yd-key" and bool(colon) and self._core.check_key(key_id, secret)
-
 
 async def on_http_exception(request: Request, exception: Exception) -> Response:
-    """Answer a request for which there is no route."""
+    """Answer a request for which there is no route.
+
+    Not with 404, which clients read as "there is no such thing", nor with 501, which the SDK tries again for
+    minutes.
+    """
     status = exception.status_code if isinstance(exception, HTTPException) else 500
     if status in (404, 405):
         route = f"{request.method} {request.url.path}"
-        return error(404, "NotFoundException", f"{route} is not supported by the local platform")
+        return error(400, "InvalidRequestException", f"{route} is not supported by the local platform")
     return error(status, "InternalServerException", str(exception))
 
 
@@ -126,9 +151,13 @@ class Call:
         return str(self._request.path_params[key])
 
     def query(self, key: str) -> str | None:
-        """Return a parameter; an empty one is as good as none."""
+        """Return a parameter; an empty one is as good as none, and two are refused."""
         self._read_parameters.add(key)
-        return self._request.query_params.get(key) or None
+        values = [value for value in self._request.query_params.getlist(key) if value]
+        if len(values) > 1:
+            given = " and ".join(repr(value) for value in values)
+            raise RefusedError.invalid(f"{key} may be given once only, not as {given}")
+        return values[0] if values else None
 
     def queries(self, *keys: str) -> frozenset[str]:
         """Return all values of a parameter that may be repeated, under any of its names."""
@@ -194,10 +223,10 @@ class Call:
         value = self.query(key)
         if value is None:
             return None
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            if math.isfinite(number):
+                return number
         # Python 3.10 reads neither Z nor fractions of other than three or six digits.
         found = re.fullmatch(r"([^.Z+]+T[^.Z+-]+)(?:\.(\d+))?(Z|[+-]\d\d:?\d\d)?", value)
         try:
@@ -205,7 +234,7 @@ class Call:
                 raise ValueError(value)
             zone = (found[3] or "Z").replace("Z", "+00:00")
             when = datetime.fromisoformat(found[1] + zone).astimezone(timezone.utc)
-        except ValueError:
+        except (ValueError, OverflowError):  # the latter for a time before the year 1 or after 9999, in UTC
             raise RefusedError.invalid(f"{key} must be a number or a time, not {value!r}") from None
         return when.timestamp() + float(f"0.{found[2] or 0}")
 
@@ -215,14 +244,17 @@ class Call:
             return wanted in (None, has)
         return wanted is None or wanted in (has or "")
 
-    def named(self) -> Callable[[str, str | None, str | None], bool]:
-        """Return the test by namespace, name and tag that most lists have in common.
+    def named(self, tagged: bool = False) -> Callable[..., bool]:
+        """Return the test by namespace and name that most lists have in common.
 
         Names and tags match as :meth:`matches` says; namespaces match as a whole.
-        """
-        namespaces, name, tag = self.queries("namespaces", "namespace"), self.query("name"), self.query("tag")
 
-        def test(its_namespace: str, its_name: str | None, its_tag: str | None) -> bool:
+        :param tagged: whether the things have tags, which the test then takes too.
+        """
+        namespaces, name = self.queries("namespaces", "namespace"), self.query("name")
+        tag = self.query("tag") if tagged else None
+
+        def test(its_namespace: str, its_name: str, its_tag: str | None = None) -> bool:
             return (
                 (not namespaces or its_namespace in namespaces)
                 and self.matches(name, its_name)
@@ -266,13 +298,13 @@ class Call:
         things: Iterable[T],
         wanted: Callable[[T], bool],
         write: Callable[[T], dict[str, Any]],
-        sortable: frozenset[str],
+        sortable: Mapping[str, Callable[[T], Any]],
         bare: bool = False,
     ) -> Any:
         """Return one slice of a list, in the order of creation or as ``sortField`` says.
 
         :param things: all of them, in an order that only grows at its end.
-        :param sortable: the fields that ``sortField`` may name.
+        :param sortable: the fields that ``sortField`` may name, and how each is had.
         :param bare: answer with a bare list of all unless ``sliced=true`` (the old form of some lists).
         """
         everything: Sequence[T] = list(things)
@@ -288,10 +320,10 @@ class Call:
                 raise RefusedError.invalid(
                     f"sortField must be one of {', '.join(sorted(sortable))}, not {sort!r}"
                 )
-            # Dates and enums sort as texts; what lacks the field comes first.
-            keyed = [(_sort_key(write(each), sort), each) for each in everything]
-            keyed.sort(key=lambda pair: pair[0], reverse=direction == "DESCENDING")
-            everything = [each for _, each in keyed]
+            value = sortable[sort]
+            everything = sorted(
+                everything, key=lambda each: _sort_key(value(each)), reverse=direction == "DESCENDING"
+            )
         if bare and not sliced:
             return [write(each) for each in everything if wanted(each)]
         items: list[dict[str, Any]] = []
@@ -304,11 +336,9 @@ class Call:
         return {"items": items}
 
 
-def _sort_key(written: Mapping[str, Any], field: str) -> tuple[int, Any]:
-    value = written.get(field)
-    if isinstance(value, (int, float)):
-        return (1, float(value))
-    return (2, str(value)) if value is not None else (0, 0)
+def _sort_key(value: Any) -> tuple[int, Any]:
+    """Return what puts values of a field in order: those that lack it first."""
+    return (0, 0) if value is None else (1, value)
 
 
 def handler(

@@ -26,10 +26,14 @@ __all__ = [
     "AGENT_VERSION",
     "duration",
     "group_json",
+    "image_id",
     "instance_json",
     "node_json",
+    "pool_healthy",
     "pool_json",
+    "pool_registered",
     "pool_summary",
+    "requirement_healthy",
     "requirement_json",
     "requirement_summary",
     "source_id",
@@ -39,8 +43,11 @@ __all__ = [
     "template_json",
     "template_summary",
     "time",
+    "work_completed",
+    "work_healthy",
     "work_json",
     "work_summary",
+    "work_total",
 ]
 
 JSON = dict[str, Any]
@@ -133,7 +140,6 @@ def group_json(group: TaskGroup) -> JSON:
 
 def work_summary(work: WorkRequirement) -> JSON:
     """Write a work requirement in a line of a list."""
-    failed = any(group.counts.get("FAILED") for group in work.groups)
     return _given(
         id=work.id,
         namespace=work.namespace,
@@ -142,11 +148,26 @@ def work_summary(work: WorkRequirement) -> JSON:
         createdTime=time(work.created),
         statusChangedTime=time(work.changed),
         priority=work.priority,
-        completedTaskCount=sum(group.counts.get("COMPLETED", 0) for group in work.groups),
-        totalTaskCount=sum(len(group.tasks) for group in work.groups),
+        completedTaskCount=work_completed(work),
+        totalTaskCount=work_total(work),
         status=work.status,
-        healthy=not failed and not any(group.starved for group in work.groups),
+        healthy=work_healthy(work),
     )
+
+
+def work_completed(work: WorkRequirement) -> int:
+    """Return how many of a work requirement's tasks have been completed."""
+    return sum(group.counts.get("COMPLETED", 0) for group in work.groups)
+
+
+def work_total(work: WorkRequirement) -> int:
+    """Return how many tasks a work requirement has."""
+    return sum(len(group.tasks) for group in work.groups)
+
+
+def work_healthy(work: WorkRequirement) -> bool:
+    """Say whether no task of a work requirement has failed, and no group is without a worker."""
+    return not any(group.counts.get("FAILED") or group.starved for group in work.groups)
 
 
 def task_json(task: Task) -> JSON:
@@ -236,7 +257,7 @@ def pool_summary(pool: Pool) -> JSON:
         name=pool.name,
         namespace=pool.namespace,
         type=_MODEL + "ProvisionedWorkerPool",
-        registeredNodeCount=pool.node_counts.get("RUNNING", 0),
+        registeredNodeCount=pool_registered(pool),
         registeredWorkerCount=pool.workers,
         claimedWorkerCount=pool.claimed,
         workingWorkerCount=pool.busy,
@@ -245,6 +266,11 @@ def pool_summary(pool: Pool) -> JSON:
         statusChangedTime=time(pool.changed),
         healthy=pool_healthy(pool),
     )
+
+
+def pool_registered(pool: Pool) -> int:
+    """Return how many nodes of a pool are up."""
+    return pool.node_counts.get("RUNNING", 0)
 
 
 def pool_healthy(pool: Pool) -> bool:
@@ -355,8 +381,18 @@ def requirement_summary(requirement: ComputeRequirement) -> JSON:
         createdTime=time(requirement.created),
         statusChangedTime=time(requirement.changed),
         status=requirement.status,
-        healthy=requirement.source_status != "ERRORED",
+        healthy=requirement_healthy(requirement),
     )
+
+
+def requirement_healthy(requirement: ComputeRequirement) -> bool:
+    """Say whether the machines of a compute requirement come as they should."""
+    return requirement.source_status != "ERRORED"
+
+
+def image_id(instance: Instance) -> str:
+    """Return the image that a machine was asked for with."""
+    return instance.requirement.usage.images_id or "local"
 
 
 def instance_json(instance: Instance) -> JSON:
@@ -369,7 +405,7 @@ def instance_json(instance: Instance) -> JSON:
         provider=template.provider,
         instanceType=template.instance_type,
         region=template.region,
-        imageId=instance.requirement.usage.images_id or "local",
+        imageId=image_id(instance),
         hostname=instance.hostname,
         privateIpAddress=instance.private_ip,
         publicIpAddress=instance.public_ip,

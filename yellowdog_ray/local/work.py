@@ -416,6 +416,8 @@ def _fixed(spec: GroupSpec) -> tuple[object, ...]:
     """Return the part of a group's description that stands for good."""
     return (
         spec.run,
+        # It changes nothing here, but is shown.
+        bool(spec.run.json.get("disablePreallocation")),
         spec.dependencies,
         spec.finish_when_done,
         spec.finish_when_failed,
