@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -24,7 +25,8 @@ from tests.ssh_fixtures import SshServer, echo_server, eventually, free_port, ma
 from yellowdog_ray.errors import HostKeyError, SpecError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.hostkeys import HostKey
 from yellowdog_ray.utils._ssh.transport import Packetizer
-from yellowdog_ray.utils._tunnels import openssh
+from yellowdog_ray.utils._tunnels import openssh, ports, with_sshtunnel
+from yellowdog_ray.utils._tunnels.engines import Forward
 from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
 
 pytestmark = pytest.mark.sshd
@@ -688,6 +690,76 @@ def test_a_killed_and_restarted_server(variant: str, tmp_path: Path) -> None:
             assert ask(port) == b"hello"
 
 
+@pytest.mark.parametrize("engine", ["openssh", "sshtunnel"])
+def test_a_port_that_is_taken_before_the_engine_has_it(
+    server: SshServer, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody else takes 127.0.0.1 of a port in between, there are no tunnels, not at ::1 either."""
+    module: Any = {"openssh": openssh, "sshtunnel": with_sshtunnel}[engine]
+    with echo_server() as echo, contextlib.ExitStack() as stack:
+
+        def choose(forwards: Any) -> list[tuple[str, int]]:
+            ends = real(forwards)
+            stack.enter_context(socket.create_server(("127.0.0.1", ends[0][1])))
+            return ends
+
+        real = module.free_ends
+        monkeypatch.setattr(module, "free_ends", choose)
+        tunnels = tunnels_to(server, engine, echo)
+        with pytest.raises(TunnelError, match=r"Address already in use|sshtunnel opened the ports"):
+            tunnels.start_tunnels()
+        assert not tunnels.is_active
+
+
+def test_a_port_that_is_taken_while_ssh_is_down(tmp_path: Path) -> None:
+    """They are not said to be up while somebody else has a port of theirs; once it is free, they are."""
+    with echo_server() as echo, contextlib.ExitStack() as stack:
+        server = stack.enter_context(system_sshd(tmp_path))
+        with tunnels_to(server, "openssh", echo) as tunnels:
+            port = tunnels.ports[echo]
+            end_with_connections(server)
+            assert eventually(lambda: tunnels.status().state == "down" and is_free(port), 15)
+            assert "closed by remote host" in str(tunnels.status().last_error)
+            with socket.create_server(("127.0.0.1", port)):
+                stack.enter_context(system_sshd(tmp_path, port=server.port))
+                assert eventually(lambda: "already in use" in str(tunnels.status().last_error), 15)
+                assert tunnels.status().state == "down"
+            assert eventually(lambda: tunnels.is_active, 15)
+            assert ask(port) == b"hello"
+
+
+def test_whose_port_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port belongs to who listens at its address or at all of them; not to who does at another one."""
+    wildcard = "0.0.0.0"
+    for there, here, owned in (
+        ("127.0.0.1", "localhost", True),
+        (wildcard, "127.0.0.1", True),
+        ("127.0.0.1", wildcard, True),
+        ("127.0.0.5", "localhost", False),
+        *([("::1", "::1", True), ("::1", "127.0.0.1", False), ("::", "::1", True)] if _has_ipv6() else ()),
+    ):
+        family = socket.AF_INET6 if ":" in there else socket.AF_INET
+        with socket.create_server((there, 0), family=family) as taken:
+            port = int(taken.getsockname()[1])
+            named = f"process {os.getpid()} (" in ports._owner(Forward(here, port, "localhost", 1))
+            assert (named, ports.is_held(here, port)) == (owned, owned), (there, here)
+            if owned:
+                with monkeypatch.context() as patch:
+                    patch.setattr(os, "geteuid", lambda: 4711)
+                    assert not ports.is_held(here, port)
+
+
+def test_ssh_that_cannot_be_started(server: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is one of tunnels, with the system's reason."""
+
+    def start(command: list[str]) -> openssh._Run:
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+
+    monkeypatch.setattr(openssh, "_Run", start)
+    with pytest.raises(TunnelError, match="ssh could not be started: no more processes"):
+        tunnels_to(server, "openssh", 1).start_tunnels()
+
+
 def test_ssh_that_cannot_be_started_again(
     server: SshServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -749,6 +821,7 @@ def test_half_open_connections(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert set(noticed) == set(variants)
         assert max(noticed.values()) < 15.5, noticed
+        assert all("silent for 14 s" in str(tunnels.status().last_error) for tunnels in all_tunnels)
         for tunnels in all_tunnels:
             assert eventually(lambda tunnels=tunnels: tunnels.is_active, 10)
             assert ask(tunnels.ports[echo]) == b"hello"
