@@ -125,16 +125,17 @@ class Connector:
         :raises TunnelError: where they are of no use.
         """
         login = self.login
-        self._way = route(login)
-        target = self._way[-1]
-        self._keys = {
+        way = route(login)
+        target = way[-1]
+        keys = {
             target.where: keys_to_try(login.key_file, login.key_password, login.password, target.identities)
         }
-        for hop in self._way[:-1]:
+        for hop in way[:-1]:
             self.host_keys.pass_through(hop.key_name, hop.port)
-            named = [] if hop.identities else self._keys[target.where]
-            self._keys.setdefault(hop.where, named or keys_to_try(None, None, None, hop.identities))
-        return len(self._way) == 1 and target.command is None
+            named = [] if hop.identities else keys[target.where]
+            keys.setdefault(hop.where, named or keys_to_try(None, None, None, hop.identities))
+        self._way, self._keys = way, keys  # both, or none
+        return len(way) == 1 and target.command is None
 
     def connect(self, timeout: float | None = None, cancel: Cancel | None = None) -> Connection:
         """Connect to the server, perhaps through others, check every key on the way and log in.
