@@ -76,8 +76,8 @@ class ClusterBuilding(ClusterEnding):
         :param until: ``"ray"`` to return only when Ray on the head answers that it is healthy, some seconds
             later; the cluster needs an ``access`` for it.
         :returns: the private and the public address of the head node, the latter None where it has none.
-        :raises SpecError: where the timeout is none; with ``until="ray"`` also where there is no access, or its
-            key file is of no use.
+        :raises SpecError: where the timeout is none; with ``until="ray"`` also where there is no access, or
+            its key file is of no use.
         :raises StateError: where the state file cannot be written.
         :raises ClusterStateError: where the cluster is built already.
         :raises CredentialsError: where the platform does not accept the key.
