@@ -23,6 +23,7 @@ import pytest
 from tests.ssh.test_tunnels import Traces, ask, connections_to, is_free
 from tests.ssh_fixtures import SshServer, echo_server, eventually, free_port, make_key, system_sshd
 from yellowdog_ray.errors import HostKeyError, SpecError, SSHLoginError, TunnelError
+from yellowdog_ray.utils._ssh import connection
 from yellowdog_ray.utils._ssh.hostkeys import HostKey
 from yellowdog_ray.utils._ssh.transport import Packetizer
 from yellowdog_ray.utils._tunnels import openssh, ports, with_sshtunnel
@@ -151,7 +152,9 @@ def test_life(server: SshServer, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_failed_starts(server: SshServer, variant: str, tmp_path: Path) -> None:
+def test_failed_starts(
+    server: SshServer, variant: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A start that fails says why, by its type too, and leaves no port, thread or process."""
     make_key(tmp_path / "other")
     with tunnels_to(server, variant, 1):  # loads modules, and records the server's key
@@ -190,6 +193,7 @@ def test_failed_starts(server: SshServer, variant: str, tmp_path: Path) -> None:
         assert is_free(free)
         assert eventually(before.gone), threading.enumerate()
         assert eventually(lambda: children() <= processes)
+        assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -875,6 +879,68 @@ def test_bastion(server: SshServer, variant: str, told: str, tmp_path: Path, no_
         assert eventually(lambda: connections_to(bastion.port) == 0)
 
 
+_LASTING_PROXY = """
+import os, signal, socket, sys, threading, time
+signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+if sys.argv[3] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+found = [name for name in os.environ if name.startswith(("RAY_", "YD_"))]
+open(sys.argv[1], "w").write(f"{os.getpid()} {found}")
+server = socket.create_connection(("127.0.0.1", int(sys.argv[2])))
+def up():
+    while data := os.read(0, 65536):
+        server.sendall(data)
+threading.Thread(target=up, daemon=True).start()
+try:
+    while data := server.recv(65536):
+        os.write(1, data)
+except OSError:
+    pass
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("variant", ["paramiko", "openssh"])
+def test_a_command_on_the_way_that_does_not_end_by_itself(
+    server: SshServer, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ended with the tunnels, and with a start that fails; it gets no token and no key."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "token-2")
+    monkeypatch.setenv("YD_API_KEY_SECRET", "secret-3")
+    config, noted = tmp_path / "config", tmp_path / "noted"
+    (tmp_path / "proxy.py").write_text(_LASTING_PROXY)
+
+    def ended(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    with echo_server() as echo:
+        for kind in ("usual", "deaf") if variant == "paramiko" else ("usual",):
+            proxy = f"{sys.executable} {tmp_path / 'proxy.py'} {noted} {server.port} {kind}"
+            config.write_text(f"Host *\n  ProxyCommand {proxy}\n")
+            before = Traces()
+            tunnels = tunnels_to(server, variant, echo, ssh_config=config, host_key=server.host_key)
+            with tunnels:
+                assert ask(tunnels.ports[echo]) == b"hello"
+                pid, _, variables = noted.read_text().partition(" ")
+                assert variables == "[]"
+                assert os.getpgid(int(pid)) != os.getpgid(0)
+                tunnels.stop_tunnels(ignore_errors=False)
+            assert eventually(lambda pid=pid: ended(int(pid)), 3)
+            assert eventually(before.gone), threading.enumerate()
+
+    config.write_text(f"Host *\n  ProxyCommand echo $$ > {noted}; sleep 300\n")
+    for module in (connection, openssh):
+        monkeypatch.setattr(module, "CONNECT_TIMEOUT", 1.0)
+    before = Traces()
+    with pytest.raises(TunnelError):
+        tunnels_to(server, variant, echo, ssh_config=config, host_key=server.host_key).start_tunnels()
+    assert eventually(lambda: ended(int(noted.read_text())), 3)
+    assert eventually(before.gone), threading.enumerate()
+
+
 def test_settings_that_sshtunnel_cannot_follow(server: SshServer, no_settings: Path) -> None:
     """A bastion that the user's settings name is not passed by silently."""
     (no_settings / ".ssh" / "config").write_text("Host *\n  ProxyJump bastion.invalid\n")
@@ -988,6 +1054,10 @@ def test_what_an_engine_cannot_do() -> None:
             RayTunnels("192.0.2.1", "user", engine=engine, **arguments)  # type: ignore[arg-type]
         assert limits[engine][what] in str(caught.value)
         assert "s3cret" not in str(caught.value)
+    same = [SSHTunnelSpec("localhost", number, f"10.0.0.{number}", 8080) for number in (1, 2)]
+    assert RayTunnels("192.0.2.1", "user", ray_tunnel_specs=same).ports == {8080: 2}
+    with pytest.raises(SpecError, match=r"remote ports that differ.*several of: 8080"):
+        RayTunnels("192.0.2.1", "user", ray_tunnel_specs=same, local_port="auto")
     with pytest.raises(SpecError, match="engine must be one of 'paramiko', 'sshtunnel', 'openssh'"):
         RayTunnels("192.0.2.1", "user", engine="carrier-pigeon")  # type: ignore[arg-type]
 

@@ -19,14 +19,17 @@ from typing import Any, BinaryIO
 
 from yellowdog_ray import errors
 from yellowdog_ray.errors import TunnelError
+from yellowdog_ray.utils._ssh.proxy import own_environment
 from yellowdog_ray.utils._ssh.route import Login
-from yellowdog_ray.utils._tunnels.engines import Engine, Forward, LinkStatus, make_engine, own_environment
+from yellowdog_ray.utils._tunnels.engines import Engine, Forward, LinkStatus, make_engine
 
 __all__ = ["Isolated", "serve"]
 
 _BOOT = (
     "import json, sys; told = json.loads(sys.stdin.buffer.readline()); sys.path[:] = told['path']; "
-    "from yellowdog_ray.utils._tunnels.isolated import serve; serve(told)"
+    "from yellowdog_ray.utils._tunnels.isolated import serve; serve(told); "
+    # Python's own end would be a fatal error where a thread still reads the standard input.
+    "import os; os._exit(0)"
 )
 _START_SECONDS = 120.0  # several servers and keys may have to be tried, each with a limit of its own
 _LOGGERS = "yellowdog_ray.utils"

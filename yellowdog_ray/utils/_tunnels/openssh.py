@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from yellowdog_ray.errors import HostKeyError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.connection import CONNECT_TIMEOUT
 from yellowdog_ray.utils._ssh.hostkeys import HostKey, default_record, option_value
+from yellowdog_ray.utils._ssh.proxy import own_environment
 from yellowdog_ray.utils._ssh.route import USER_CONFIG, Login
 from yellowdog_ray.utils._tunnels.engines import (
     FIRST_PAUSE,
@@ -26,7 +28,6 @@ from yellowdog_ray.utils._tunnels.engines import (
     Forward,
     LinkStatus,
     State,
-    own_environment,
 )
 from yellowdog_ray.utils._tunnels.ports import free_ends, is_held
 
@@ -240,7 +241,7 @@ class OpenSSH:
         if login.key_file:
             options |= {"IdentityFile": option_value(login.key_file), "IdentitiesOnly": "yes"}
         if login.jump is not None:
-            words += ["-J", login.jump]
+            words += ["-J", login.jump.replace(" ", "")]
         for name, value in options.items():
             words += ["-o", f"{name}={value}"]
         for forward, (address, port) in zip(self._forwards, self._ends, strict=True):
@@ -327,12 +328,11 @@ class _Run:
     def end(self, deadline: float) -> list[str]:
         """End it until a deadline; return what is left then, a sentence each."""
         self._ended_here = self.process.poll() is None
-        with contextlib.suppress(OSError):
-            self.process.terminate()
+        self._signal(signal.SIGTERM)
         try:
             self.process.wait(max(0.1, deadline - time.monotonic() - 0.3))
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._signal(signal.SIGKILL)
         for reader in self._readers:
             reader.join(max(0.0, deadline - time.monotonic()))
         left = [f"ssh ({self.process.pid}) has not ended"] if self.process.poll() is None else []
@@ -342,6 +342,12 @@ class _Run:
                     if pipe is not None:
                         pipe.close()
         return left
+
+    def _signal(self, number: int) -> None:
+        # For a ProxyCommand too, which need not end with its input.
+        if self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, number)
 
     def _read_output(self) -> None:
         assert self.process.stdout is not None  # noqa: S101 - for the type checker
