@@ -23,7 +23,6 @@ import pytest
 from tests.ssh.test_tunnels import Traces, ask, connections_to, is_free
 from tests.ssh_fixtures import SshServer, echo_server, eventually, free_port, make_key, system_sshd
 from yellowdog_ray.errors import HostKeyError, SpecError, SSHLoginError, TunnelError
-from yellowdog_ray.utils._ssh import connection
 from yellowdog_ray.utils._ssh.hostkeys import HostKey
 from yellowdog_ray.utils._ssh.transport import Packetizer
 from yellowdog_ray.utils._tunnels import openssh, ports, with_sshtunnel
@@ -904,7 +903,7 @@ time.sleep(100)
 def test_a_command_on_the_way_that_does_not_end_by_itself(
     server: SshServer, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is ended with the tunnels, and with a start that fails; it gets no token and no key."""
+    """It is ended with the tunnels, and with a start that is given up; it gets no token and no key."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", "token-2")
     monkeypatch.setenv("YD_API_KEY_SECRET", "secret-3")
     config, noted = tmp_path / "config", tmp_path / "noted"
@@ -931,12 +930,20 @@ def test_a_command_on_the_way_that_does_not_end_by_itself(
             assert eventually(lambda pid=pid: ended(int(pid)), 3)
             assert eventually(before.gone), threading.enumerate()
 
-    config.write_text(f"Host *\n  ProxyCommand echo $$ > {noted}; sleep 300\n")
-    for module in (connection, openssh):
-        monkeypatch.setattr(module, "CONNECT_TIMEOUT", 1.0)
+    config.write_text(f"Host *\n  ProxyCommand sh -c 'echo $$ > {noted}; exec sleep 300'\n")
+    noted.write_text("")
     before = Traces()
-    with pytest.raises(TunnelError):
-        tunnels_to(server, variant, echo, ssh_config=config, host_key=server.host_key).start_tunnels()
+    tunnels = tunnels_to(server, variant, echo, ssh_config=config, host_key=server.host_key)
+
+    def start() -> None:
+        with pytest.raises(TunnelError):
+            tunnels.start_tunnels()
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    assert eventually(lambda: noted.read_text().strip())
+    tunnels.stop_tunnels(ignore_errors=False)
+    starter.join(5)
     assert eventually(lambda: ended(int(noted.read_text())), 3)
     assert eventually(before.gone), threading.enumerate()
 
