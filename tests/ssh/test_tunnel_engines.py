@@ -1105,25 +1105,32 @@ if os.geteuid() == 0:
     def test_a_network_that_is_cut_for_ten_seconds(
         far_server: tuple[SshServer, Callable[[bool], None], Path],
     ) -> None:
-        """Connections through the tunnel outlast a cut of ten seconds; nothing has to be made again."""
+        """With every engine, connections through the tunnels outlast a cut of ten seconds."""
         server, line, _ = far_server
         # What answers on the other side is sshd itself, which speaks first.
-        tunnels = RayTunnels(
-            "10.231.77.2",
-            server.user,
-            private_key_file=server.key,
-            ssh_port=server.port,
-            ray_tunnel_specs=[SSHTunnelSpec("localhost", 1, "10.231.77.2", server.port)],
-            local_port="auto",
-        )
-        with tunnels:
-            port = tunnels.ports[server.port]
-            with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        spec = SSHTunnelSpec("localhost", 1, "10.231.77.2", server.port)
+        with contextlib.ExitStack() as stack:
+            clients = {}
+            for variant, options in VARIANTS.items():
+                tunnels = RayTunnels(
+                    "10.231.77.2",
+                    server.user,
+                    private_key_file=server.key,
+                    ssh_port=server.port,
+                    ray_tunnel_specs=[spec],
+                    local_port="auto",
+                    **options,
+                )
+                stack.enter_context(tunnels)
+                address = ("127.0.0.1", tunnels.ports[server.port])
+                client = stack.enter_context(socket.create_connection(address, timeout=60))
                 assert client.recv(4) == b"SSH-"
-                line(False)
-                time.sleep(10)
-                line(True)
+                clients[variant] = tunnels, client
+            line(False)
+            time.sleep(10)
+            line(True)
+            for variant, (tunnels, client) in clients.items():
                 client.sendall(b"SSH-2.0-a-client\r\n")
-                assert client.recv(1000)
-                assert len(client.recv(5)) > 0  # the answer to ours: its key exchange
-                assert (tunnels.status().state, tunnels.status().reconnects) == ("up", 0)
+                assert client.recv(1000), variant
+                assert len(client.recv(5)) > 0, variant  # the answer to ours: its key exchange
+                assert (tunnels.status().state, tunnels.status().reconnects) == ("up", 0), variant
