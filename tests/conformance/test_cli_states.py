@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.controlplane import TEMPLATE, Fault
+from tests.ssh_fixtures import make_key
 from yellowdog_ray import RayDogCluster
 from yellowdog_ray.cli import main
 from yellowdog_ray.local.control_plane import LocalControlPlane
@@ -248,7 +249,7 @@ def test_logs_say_what_there_is(platform, raydog, key, state_directory):
     assert "'head-node', 'worker-nodes-01'" in found[0]["error"]
 
 
-def test_logs_of_a_task_that_failed(platform, raydog, key, state_directory, monkeypatch):
+def test_logs_of_a_task_that_failed(platform, raydog, key, state_directory, monkeypatch, tmp_path):
     """What can be had of any node makes the exit status 0; an unreachable head is a note."""
     build(platform, "one", workers=0)
     file = own_file(state_directory, "one")
@@ -259,6 +260,10 @@ def test_logs_of_a_task_that_failed(platform, raydog, key, state_directory, monk
     assert status == 1
     assert "no output could be had" in found[0]["error"]
     assert "distinctive-password" not in errors + json.dumps(found)
+    make_key(tmp_path / "key")
+    way = ("--ssh-user", "me", "--ssh-key", tmp_path / "key", "--ssh-jump", "127.0.0.1:7")
+    status, found, errors = raydog("logs", "--json", file, *way)
+    assert "127.0.0.1:7" in found[0]["logs"][0]["note"]  # the bastion is what was tried first
     from yellowdog_ray.raydog import reach
 
     monkeypatch.setattr(reach.Reach, "task_output", lambda *arguments: "hello\nworld")
@@ -488,7 +493,9 @@ def test_no_usable_key_is_wrong_usage(raydog, key, monkeypatch, tmp_path):
         ["logs", "."],
         ["logs", "a", "--bytes", "0"],
         ["logs", "a", "--ssh-key", "b"],
+        ["connect", "a", "--ssh-jump", "b"],
         ["logs", "a", "--ssh-user", "me", "--ssh-port", "0"],
+        ["logs", "a", "--ssh-user", "me", "--ssh-jump", "-oProxyCommand=x"],
         ["logs", "a", "--ssh-user", "me", "--ssh-host-key", "nonsense"],
         ["logs", "a", "--ssh-user", "me", "--ssh-password-env", "NOT_SET"],
         ["list", "--no-such-option"],

@@ -123,6 +123,17 @@ def test_the_token_goes_to_no_other_cluster(platform, monkeypatch):
         assert set(asked) == {f"Bearer {cluster._ray_token()}"}
 
 
+def test_a_key_file_that_is_not_there(platform, tmp_path):
+    """A build that is to wait for Ray is refused before anything is created."""
+    cluster = make(platform, access=SSHAccess("me", tmp_path / "mistyped", ssh_config=False))
+    with pytest.raises(SpecError, match=r"Cannot read the private key file .*mistyped"):
+        cluster.build(SHORT, until="ray")
+    assert not [method for method, *_ in platform.faults.seen if method == "POST"]
+    cluster.build(SHORT)
+    assert [method for method, *_ in platform.faults.seen if method == "POST"]
+    cluster.shut_down()
+
+
 def test_a_head_that_cannot_be_trusted(platform, embedded: SshServer, monkeypatch):
     """A build that waits for Ray is taken back at once where the head has another host key."""
     pin = f"SHA256:{'A' * 43}"

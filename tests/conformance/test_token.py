@@ -197,16 +197,25 @@ def test_what_a_shell_evaluates(cluster, path):
 
 def test_how_to_open_the_tunnels(cluster, path, capsys):
     """The error stream has the ssh command, with what is known of the way; no output holds the token."""
-    status, out, err = _connect(capsys, path, "--ssh-user", "me", "--ssh-key", "/a key", "--ssh-port", 2222)
+    way = ("--ssh-user", "me", "--ssh-key", "/a key", "--ssh-port", 2222, "--ssh-jump", "you@bastion:22, b")
+    status, out, err = _connect(capsys, path, *way)
     assert status == 0
     record = record_beside(path)
     node = cluster.observability_node_private_ip
     address = cluster.head_node_public_ip or cluster.head_node_private_ip
     assert err.splitlines()[-1].strip() == (
         "ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=5 "
-        "-L 10001:localhost:10001 -L 8265:localhost:8265 "
-        f"-L 3000:{node}:3000 -L 9090:{node}:9090 -p 2222 -i '/a key' me@{address}"
+        "-L 127.0.0.1:10001:localhost:10001 -L 127.0.0.1:8265:localhost:8265 "
+        f"-L 127.0.0.1:3000:{node}:3000 -L 127.0.0.1:9090:{node}:9090 -p 2222 "
+        f"-i '/a key' -o IdentitiesOnly=yes -J you@bastion:22,b me@{address}"
     )
+    read = subprocess.run(
+        ["ssh", "-G", "-F", "none", *shlex.split(err.splitlines()[-1])[1:]],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for line in ("identitiesonly yes", "proxyjump you@bastion:22,b", "port 2222"):
+        assert f"\n{line}\n" in f"\n{read}"
+    assert "\nlocalforward [127.0.0.1]:10001 [localhost]:10001\n" in read
     assert os.environ["RAY_AUTH_TOKEN"] not in out + err
     # Without a port it is for ssh's own settings to say; ssh itself reads what is written.
     record.write_text("")

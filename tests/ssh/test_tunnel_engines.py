@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -24,7 +25,8 @@ from tests.ssh_fixtures import SshServer, echo_server, eventually, free_port, ma
 from yellowdog_ray.errors import HostKeyError, SpecError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.hostkeys import HostKey
 from yellowdog_ray.utils._ssh.transport import Packetizer
-from yellowdog_ray.utils._tunnels import openssh
+from yellowdog_ray.utils._tunnels import openssh, ports, with_sshtunnel
+from yellowdog_ray.utils._tunnels.engines import Forward
 from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
 
 pytestmark = pytest.mark.sshd
@@ -149,7 +151,9 @@ def test_life(server: SshServer, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_failed_starts(server: SshServer, variant: str, tmp_path: Path) -> None:
+def test_failed_starts(
+    server: SshServer, variant: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A start that fails says why, by its type too, and leaves no port, thread or process."""
     make_key(tmp_path / "other")
     with tunnels_to(server, variant, 1):  # loads modules, and records the server's key
@@ -188,6 +192,7 @@ def test_failed_starts(server: SshServer, variant: str, tmp_path: Path) -> None:
         assert is_free(free)
         assert eventually(before.gone), threading.enumerate()
         assert eventually(lambda: children() <= processes)
+        assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -688,6 +693,76 @@ def test_a_killed_and_restarted_server(variant: str, tmp_path: Path) -> None:
             assert ask(port) == b"hello"
 
 
+@pytest.mark.parametrize("engine", ["openssh", "sshtunnel"])
+def test_a_port_that_is_taken_before_the_engine_has_it(
+    server: SshServer, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody else takes 127.0.0.1 of a port in between, there are no tunnels, not at ::1 either."""
+    module: Any = {"openssh": openssh, "sshtunnel": with_sshtunnel}[engine]
+    with echo_server() as echo, contextlib.ExitStack() as stack:
+
+        def choose(forwards: Any) -> list[tuple[str, int]]:
+            ends = real(forwards)
+            stack.enter_context(socket.create_server(("127.0.0.1", ends[0][1])))
+            return ends
+
+        real = module.free_ends
+        monkeypatch.setattr(module, "free_ends", choose)
+        tunnels = tunnels_to(server, engine, echo)
+        with pytest.raises(TunnelError, match=r"Address already in use|sshtunnel opened the ports"):
+            tunnels.start_tunnels()
+        assert not tunnels.is_active
+
+
+def test_a_port_that_is_taken_while_ssh_is_down(tmp_path: Path) -> None:
+    """They are not said to be up while somebody else has a port of theirs; once it is free, they are."""
+    with echo_server() as echo, contextlib.ExitStack() as stack:
+        server = stack.enter_context(system_sshd(tmp_path))
+        with tunnels_to(server, "openssh", echo) as tunnels:
+            port = tunnels.ports[echo]
+            end_with_connections(server)
+            assert eventually(lambda: tunnels.status().state == "down" and is_free(port), 15)
+            assert "closed by remote host" in str(tunnels.status().last_error)
+            with socket.create_server(("127.0.0.1", port)):
+                stack.enter_context(system_sshd(tmp_path, port=server.port))
+                assert eventually(lambda: "already in use" in str(tunnels.status().last_error), 15)
+                assert tunnels.status().state == "down"
+            assert eventually(lambda: tunnels.is_active, 15)
+            assert ask(port) == b"hello"
+
+
+def test_whose_port_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port belongs to who listens at its address or at all of them; not to who does at another one."""
+    wildcard = "0.0.0.0"
+    for there, here, owned in (
+        ("127.0.0.1", "localhost", True),
+        (wildcard, "127.0.0.1", True),
+        ("127.0.0.1", wildcard, True),
+        ("127.0.0.5", "localhost", False),
+        *([("::1", "::1", True), ("::1", "127.0.0.1", False), ("::", "::1", True)] if _has_ipv6() else ()),
+    ):
+        family = socket.AF_INET6 if ":" in there else socket.AF_INET
+        with socket.create_server((there, 0), family=family) as taken:
+            port = int(taken.getsockname()[1])
+            named = f"process {os.getpid()} (" in ports._owner(Forward(here, port, "localhost", 1))
+            assert (named, ports.is_held(here, port)) == (owned, owned), (there, here)
+            if owned:
+                with monkeypatch.context() as patch:
+                    patch.setattr(os, "geteuid", lambda: 4711)
+                    assert not ports.is_held(here, port)
+
+
+def test_ssh_that_cannot_be_started(server: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is one of tunnels, with the system's reason."""
+
+    def start(command: list[str]) -> openssh._Run:
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+
+    monkeypatch.setattr(openssh, "_Run", start)
+    with pytest.raises(TunnelError, match="ssh could not be started: no more processes"):
+        tunnels_to(server, "openssh", 1).start_tunnels()
+
+
 def test_ssh_that_cannot_be_started_again(
     server: SshServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -749,6 +824,7 @@ def test_half_open_connections(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert set(noticed) == set(variants)
         assert max(noticed.values()) < 15.5, noticed
+        assert all("silent for 14 s" in str(tunnels.status().last_error) for tunnels in all_tunnels)
         for tunnels in all_tunnels:
             assert eventually(lambda tunnels=tunnels: tunnels.is_active, 10)
             assert ask(tunnels.ports[echo]) == b"hello"
@@ -800,6 +876,76 @@ def test_bastion(server: SshServer, variant: str, told: str, tmp_path: Path, no_
             assert connections_to(bastion.port) == 1
             assert ask(tunnels.ports[echo]) == b"hello"
         assert eventually(lambda: connections_to(bastion.port) == 0)
+
+
+_LASTING_PROXY = """
+import os, signal, socket, sys, threading, time
+signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+if sys.argv[3] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+found = [name for name in os.environ if name.startswith(("RAY_", "YD_"))]
+open(sys.argv[1], "w").write(f"{os.getpid()} {found}")
+server = socket.create_connection(("127.0.0.1", int(sys.argv[2])))
+def up():
+    while data := os.read(0, 65536):
+        server.sendall(data)
+threading.Thread(target=up, daemon=True).start()
+try:
+    while data := server.recv(65536):
+        os.write(1, data)
+except OSError:
+    pass
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("variant", able("jump"))
+def test_a_command_on_the_way_that_does_not_end_by_itself(
+    server: SshServer, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ended with the tunnels, and with a start that is given up; it gets no token and no key."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "token-2")
+    monkeypatch.setenv("YD_API_KEY_SECRET", "secret-3")
+    config, noted = tmp_path / "config", tmp_path / "noted"
+    (tmp_path / "proxy.py").write_text(_LASTING_PROXY)
+
+    def ended(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    with echo_server() as echo:
+        for kind in ("usual",) if variant == "openssh" else ("usual", "deaf"):
+            proxy = f"{sys.executable} {tmp_path / 'proxy.py'} {noted} {server.port} {kind}"
+            config.write_text(f"Host *\n  ProxyCommand {proxy}\n")
+            before = Traces()
+            tunnels = tunnels_to(server, variant, echo, ssh_config=config, host_key=server.host_key)
+            with tunnels:
+                assert ask(tunnels.ports[echo]) == b"hello"
+                pid, _, variables = noted.read_text().partition(" ")
+                assert variables == "[]"
+                assert os.getpgid(int(pid)) != os.getpgid(0)
+                tunnels.stop_tunnels(ignore_errors=False)
+            assert eventually(lambda pid=pid: ended(int(pid)), 3)
+            assert eventually(before.gone), threading.enumerate()
+
+    config.write_text(f"Host *\n  ProxyCommand sh -c 'echo $$ > {noted}; exec sleep 300'\n")
+    noted.write_text("")
+    before = Traces()
+    tunnels = tunnels_to(server, variant, echo, ssh_config=config, host_key=server.host_key)
+
+    def start() -> None:
+        with pytest.raises(TunnelError):
+            tunnels.start_tunnels()
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    assert eventually(lambda: noted.read_text().strip())
+    tunnels.stop_tunnels(ignore_errors=False)
+    starter.join(5)
+    assert eventually(lambda: ended(int(noted.read_text())), 3)
+    assert eventually(before.gone), threading.enumerate()
 
 
 def test_settings_that_sshtunnel_cannot_follow(server: SshServer, no_settings: Path) -> None:
@@ -915,6 +1061,10 @@ def test_what_an_engine_cannot_do() -> None:
             RayTunnels("192.0.2.1", "user", engine=engine, **arguments)  # type: ignore[arg-type]
         assert limits[engine][what] in str(caught.value)
         assert "s3cret" not in str(caught.value)
+    same = [SSHTunnelSpec("localhost", number, f"10.0.0.{number}", 8080) for number in (1, 2)]
+    assert RayTunnels("192.0.2.1", "user", ray_tunnel_specs=same).ports == {8080: 2}
+    with pytest.raises(SpecError, match=r"remote ports that differ.*several of: 8080"):
+        RayTunnels("192.0.2.1", "user", ray_tunnel_specs=same, local_port="auto")
     with pytest.raises(SpecError, match="engine must be one of 'paramiko', 'sshtunnel', 'openssh'"):
         RayTunnels("192.0.2.1", "user", engine="carrier-pigeon")  # type: ignore[arg-type]
 
@@ -955,25 +1105,32 @@ if os.geteuid() == 0:
     def test_a_network_that_is_cut_for_ten_seconds(
         far_server: tuple[SshServer, Callable[[bool], None], Path],
     ) -> None:
-        """Connections through the tunnel outlast a cut of ten seconds; nothing has to be made again."""
+        """With every engine, connections through the tunnels outlast a cut of ten seconds."""
         server, line, _ = far_server
         # What answers on the other side is sshd itself, which speaks first.
-        tunnels = RayTunnels(
-            "10.231.77.2",
-            server.user,
-            private_key_file=server.key,
-            ssh_port=server.port,
-            ray_tunnel_specs=[SSHTunnelSpec("localhost", 1, "10.231.77.2", server.port)],
-            local_port="auto",
-        )
-        with tunnels:
-            port = tunnels.ports[server.port]
-            with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        spec = SSHTunnelSpec("localhost", 1, "10.231.77.2", server.port)
+        with contextlib.ExitStack() as stack:
+            clients = {}
+            for variant, options in VARIANTS.items():
+                tunnels = RayTunnels(
+                    "10.231.77.2",
+                    server.user,
+                    private_key_file=server.key,
+                    ssh_port=server.port,
+                    ray_tunnel_specs=[spec],
+                    local_port="auto",
+                    **options,
+                )
+                stack.enter_context(tunnels)
+                address = ("127.0.0.1", tunnels.ports[server.port])
+                client = stack.enter_context(socket.create_connection(address, timeout=60))
                 assert client.recv(4) == b"SSH-"
-                line(False)
-                time.sleep(10)
-                line(True)
+                clients[variant] = tunnels, client
+            line(False)
+            time.sleep(10)
+            line(True)
+            for variant, (tunnels, client) in clients.items():
                 client.sendall(b"SSH-2.0-a-client\r\n")
-                assert client.recv(1000)
-                assert len(client.recv(5)) > 0  # the answer to ours: its key exchange
-                assert (tunnels.status().state, tunnels.status().reconnects) == ("up", 0)
+                assert client.recv(1000), variant
+                assert len(client.recv(5)) > 0, variant  # the answer to ours: its key exchange
+                assert (tunnels.status().state, tunnels.status().reconnects) == ("up", 0), variant

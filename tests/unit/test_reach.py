@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -310,6 +312,28 @@ def test_a_refused_login(embedded: SshServer, monkeypatch: pytest.MonkeyPatch) -
         # The key has come.
         (embedded.directory / "authorized_keys").write_text((embedded.directory / "wrong.pub").read_text())
         assert "nothing listens there" in (reach.health() or "")
+
+
+def test_a_key_file_of_no_use(embedded: SshServer, tmp_path: Path) -> None:
+    """It is named at once, each time: no server has refused it, and waiting does not mend it."""
+    make_key(tmp_path / "encrypted", passphrase="open sesame")
+    for name, said in (("missing", "Cannot read the private key"), ("encrypted", "is encrypted")):
+        access = SSHAccess(
+            embedded.user, tmp_path / name, port=embedded.port, host_key=embedded.host_key, ssh_config=False
+        )
+        with pytest.raises(SpecError, match=said):
+            access.check_key_file()
+        with Reach(["127.0.0.1"], access) as reach:
+            for call in (reach.health, reach.health, reach.ray_nodes):
+                with pytest.raises(SSHLoginError, match=said):
+                    call()
+        connector = Connector(access.login("127.0.0.1"))
+        for _ in range(2):
+            with pytest.raises(SSHLoginError, match=said):
+                connector.connect()
+    opened = dataclasses.replace(access, private_key_password="open sesame")
+    opened.check_key_file()
+    SSHAccess(embedded.user).check_key_file()
 
 
 def raises(kind: type[Exception], call: Callable[[], object]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def test_settings_that_are_of_no_use(config: Path) -> None:
     """Settings that cannot be read or go in circles are named."""
     with pytest.raises(TunnelError, match="circles"):
         way(config, "Host head\n ProxyJump other\nHost other\n ProxyJump head\n")
+    unusable = rf"Your SSH settings in {re.escape(str(config))} cannot be used: "
+    for text, said in (
+        ("Host head\n Port abc\n", "Port must be a number from 1 to 65535, not 'abc'"),
+        ("Host head\n Port 65536\n", "Port must be"),
+        ("Host head\n ProxyJump a:b:c\n", "ProxyJump must be like .*, not 'a:b:c'"),
+        ("Host head\n ProxyJump other\nHost other\n Port x\n", "Port must be"),
+        ('Host "head\n', "Unparsable host"),
+    ):
+        with pytest.raises(TunnelError, match=unusable + said):
+            way(config, text)
     with pytest.raises(TunnelError, match="cannot be read"):
         route(Login("head", "ray", ssh_config=str(config.with_name("missing"))))
 

@@ -205,6 +205,9 @@ def _add_ssh(parser: argparse.ArgumentParser, own: bool = True) -> None:
         "--ssh-key", metavar="FILE", help="its private key (without: the SSH agent's keys, and ~/.ssh)"
     )
     ssh.add_argument("--ssh-port", type=int, metavar="N", help="the port of the SSH servers")
+    ssh.add_argument(
+        "--ssh-jump", metavar="HOST", help="a bastion in between, or several: [user@]host[:port],..."
+    )
     if not own:
         parser.set_defaults(ssh_host_key=None, ssh_password_env=None)
         return

@@ -129,9 +129,14 @@ def _ssh(access: SSHAccess | None, head: str, observability: str | None, record:
     if observability is not None:
         forwarded += [(GRAFANA, observability), (PROMETHEUS, observability)]
     for port, host in forwarded:
-        command += ["-L", f"{port}:[{host}]:{port}" if ":" in host else f"{port}:{host}:{port}"]
+        # The address is that of the exports. Without it, ssh would be content with ::1 where another user has
+        # the port of 127.0.0.1, who would get the token.
+        there = f"[{host}]" if ":" in host else host
+        command += ["-L", f"127.0.0.1:{port}:{there}:{port}"]
     if access is not None and access.port is not None:
         command += ["-p", str(access.port)]
     if access is not None and access.private_key_file is not None:
-        command += ["-i", str(access.private_key_file)]
+        command += ["-i", str(access.private_key_file), "-o", "IdentitiesOnly=yes"]
+    if access is not None and access.jump is not None:
+        command += ["-J", access.jump.replace(" ", "")]
     return [*command, f"{'USER' if access is None else access.user}@{head}"]

@@ -84,7 +84,7 @@ def read_access(options: argparse.Namespace) -> SSHAccess | None:
     :raises UsageError: where that cannot work.
     """
     if options.ssh_user is None:
-        for name in ("ssh_key", "ssh_port", "ssh_host_key", "ssh_password_env"):
+        for name in ("ssh_key", "ssh_port", "ssh_jump", "ssh_host_key", "ssh_password_env"):
             if getattr(options, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --ssh-user")
         return None
@@ -100,6 +100,7 @@ def read_access(options: argparse.Namespace) -> SSHAccess | None:
             password,
             port=options.ssh_port,
             host_key=options.ssh_host_key,
+            jump=options.ssh_jump,
         )
     except SpecError as error:
         raise UsageError(f"the way to the nodes: {error}") from None

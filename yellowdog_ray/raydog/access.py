@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from yellowdog_ray.errors import SpecError
+from yellowdog_ray.errors import SpecError, SSHLoginError
 
 if TYPE_CHECKING:
     from yellowdog_ray.utils._ssh.route import Login
@@ -73,6 +73,20 @@ class SSHAccess:
             from yellowdog_ray.utils._ssh.route import check_jump
 
             check_jump(self.jump)
+
+    def check_key_file(self) -> None:
+        """Read the private key, where its file is named, as every login does.
+
+        :raises SpecError: where there is no such file, it is no key, or its passphrase is missing or wrong.
+        """
+        if self.private_key_file is None:
+            return
+        from yellowdog_ray.utils._ssh.keys import load_key
+
+        try:
+            load_key(os.path.expanduser(self.private_key_file), self.private_key_password)
+        except SSHLoginError as error:
+            raise SpecError(f"The access to the nodes: {error}") from error
 
     def login(self, host: str, record: str | os.PathLike[str] | None = None) -> Login:
         """Tell how to log in to one server.

@@ -17,6 +17,7 @@ from yellowdog_ray.errors import (
     WaitTimeoutError,
 )
 from yellowdog_ray.raydog import events, plan
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.assembly import Assembly
 from yellowdog_ray.raydog.core import Phase
 from yellowdog_ray.raydog.ending import ClusterEnding
@@ -75,7 +76,8 @@ class ClusterBuilding(ClusterEnding):
         :param until: ``"ray"`` to return only when Ray on the head answers that it is healthy, some seconds
             later; the cluster needs an ``access`` for it.
         :returns: the private and the public address of the head node, the latter None where it has none.
-        :raises SpecError: where the timeout is none.
+        :raises SpecError: where the timeout is none; with ``until="ray"`` also where there is no access, or
+            its key file is of no use.
         :raises StateError: where the state file cannot be written.
         :raises ClusterStateError: where the cluster is built already.
         :raises CredentialsError: where the platform does not accept the key.
@@ -93,6 +95,8 @@ class ClusterBuilding(ClusterEnding):
                 'until: "ray" needs a way to the head: give the cluster access=SSHAccess(...), or "direct" '
                 "where this process can connect to the nodes' addresses itself"
             )
+        if until == "ray" and isinstance(self._access, SSHAccess):
+            self._access.check_key_file()
         self._check_not_built()
         with self._building:
             built = self._assemble(timeout)

@@ -132,7 +132,7 @@ class Reach:
 
         :returns: None if it is; else, in a sentence, why not: Ray's answer, or why there was none.
         :raises HostKeyError: where an SSH server's key is not the expected one.
-        :raises SSHLoginError: where the user has not been let in for 60 s.
+        :raises SSHLoginError: where the user has not been let in for 60 s, or there is no key to try.
         :raises ClusterStateError: where this was closed.
         """
         try:
@@ -141,7 +141,7 @@ class Reach:
             raise
         except SSHLoginError as error:
             refusal = self._refusal
-            if refusal is not None and refusal.last - refusal.since >= _LOGIN_GRACE:
+            if refusal is None or refusal.last - refusal.since >= _LOGIN_GRACE:
                 raise
             return str(error)
         except TunnelError as error:
@@ -353,11 +353,14 @@ class Reach:
         if before is not None and time.monotonic() < before.last + _LOGIN_PAUSE:
             raise SSHLoginError(before.reason)
         for address in self._addresses:
+            connector = None
             try:
-                connection = self._connector(address).connect(_CONNECT_TIMEOUT)
+                connector = self._connector(address)
+                connection = connector.connect(_CONNECT_TIMEOUT)
             except SSHLoginError as error:
-                now = time.monotonic()
-                self._refusal = _Refusal(str(error), now if before is None else before.since, now)
+                if connector is not None:  # else there is no key here to try, and no server was asked
+                    now = time.monotonic()
+                    self._refusal = _Refusal(str(error), now if before is None else before.since, now)
                 raise  # the other address is the same machine
             except TunnelError as error:
                 if isinstance(error, HostKeyError) and not problems:
@@ -379,7 +382,9 @@ class Reach:
 
         assert self._access is not None  # noqa: S101 - for the type checker
         if address not in self._connectors:
-            self._connectors[address] = Connector(self._access.login(address, self._record))
+            connector = Connector(self._access.login(address, self._record))
+            connector.prepare()
+            self._connectors[address] = connector
         return self._connectors[address]
 
     def _run_on_worker(

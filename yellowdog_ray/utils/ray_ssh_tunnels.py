@@ -155,8 +155,8 @@ class RayTunnels:
         ``~/.ssh/config`` says.
     :param ssh_config: whether ``~/.ssh/config`` is read; or another file of its kind.
     :param local_port: ``"match"`` for the same numbers as on the other side, ``"auto"`` for numbers that
-        nobody uses, or the number of the first tunnel, from which the others count up. None for what
-        ``ray_tunnel_specs`` say.
+        nobody uses (the ones on the other side have to differ then), or the number of the first tunnel, from
+        which the others count up. None for what ``ray_tunnel_specs`` say.
     :param engine: ``"paramiko"`` for RayDog's own forwarder, ``"openssh"`` for the program ``ssh``, or
         ``"sshtunnel"``. What each of them cannot do is told by :meth:`limits`.
     :param isolate: whether the forwarder works in a process of its own: in this one, Python code that is busy
@@ -307,7 +307,10 @@ class RayTunnels:
 
     @property
     def ports(self) -> dict[int, int]:
-        """The local ports by the ports on the other side; without those that are only chosen at the start."""
+        """The local ports by the ports on the other side; without those that are only chosen at the start.
+
+        Where several lead to the same number, of different hosts, it has the last one.
+        """
         ports = self._ports or [forward.local_port for forward in self._forwards]
         pairs = zip(self._forwards, ports, strict=False)
         return {forward.remote_port: port for forward, port in pairs if port}
@@ -398,7 +401,9 @@ class RayTunnels:
         local = self.ports.get(remote_port)
         if local is None:
             return None
-        host = next(one.local_host for one in self._forwards if one.remote_port == remote_port)
+        host = {one.remote_port: one.local_host for one in self._forwards}[
+            remote_port
+        ]  # the last, as in ports
         if host in ("localhost", "0.0.0.0"):  # noqa: S104
             host = "127.0.0.1"
         return f"{scheme}://{bracketed(host, local)}"
@@ -411,6 +416,13 @@ def _forwards(specs: Sequence[SSHTunnelSpec], local_port: LocalPort | None) -> l
     if local_port is None:
         return made
     if local_port == "auto":
+        remote = [forward.remote_port for forward in made]
+        if twice := {port for port in remote if remote.count(port) > 1}:
+            # Which local port is whose could be told for one of them only.
+            raise SpecError(
+                'local_port="auto" needs remote ports that differ, and ray_tunnel_specs has several of: '
+                f"{', '.join(map(str, sorted(twice)))}. Without it, the local ports of ray_tunnel_specs count"
+            )
         return [replace(forward, local_port=0) for forward in made]
     if local_port == "match":
         return [replace(forward, local_port=forward.remote_port) for forward in made]

@@ -7,7 +7,6 @@ import logging
 import os
 import select
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import paramiko
 from yellowdog_ray.errors import RayDogError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.hostkeys import HostKey, HostKeys
 from yellowdog_ray.utils._ssh.keys import MOST_KEYS, NamedKey, keys_to_try
+from yellowdog_ray.utils._ssh.proxy import ProxySocket
 from yellowdog_ray.utils._ssh.route import Hop, Login, bracketed, route
 from yellowdog_ray.utils._ssh.transport import Packetizer, Transport
 
@@ -125,16 +125,17 @@ class Connector:
         :raises TunnelError: where they are of no use.
         """
         login = self.login
-        self._way = route(login)
-        target = self._way[-1]
-        self._keys = {
+        way = route(login)
+        target = way[-1]
+        keys = {
             target.where: keys_to_try(login.key_file, login.key_password, login.password, target.identities)
         }
-        for hop in self._way[:-1]:
+        for hop in way[:-1]:
             self.host_keys.pass_through(hop.key_name, hop.port)
-            named = [] if hop.identities else self._keys[target.where]
-            self._keys.setdefault(hop.where, named or keys_to_try(None, None, None, hop.identities))
-        return len(self._way) == 1 and target.command is None
+            named = [] if hop.identities else keys[target.where]
+            keys.setdefault(hop.where, named or keys_to_try(None, None, None, hop.identities))
+        self._way, self._keys = way, keys  # both, or none
+        return len(way) == 1 and target.command is None
 
     def connect(self, timeout: float | None = None, cancel: Cancel | None = None) -> Connection:
         """Connect to the server, perhaps through others, check every key on the way and log in.
@@ -260,24 +261,8 @@ def _open(
 
         return open_tcp(before, hop.host, hop.port, timeout, "The server on the way")
     if hop.command is not None:
-        return _run_proxy(hop.command)
+        return ProxySocket(hop.command)
     return dial(hop.host, hop.port, timeout, cancel)
-
-
-def _run_proxy(command: str) -> socket.socket:
-    """Start a command that connects to the server; it ends when the socket to it is closed."""
-    ours, its = socket.socketpair()
-    with its:
-        try:
-            # As ssh does, with what is in the user's own settings.
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", f"exec {command}"], stdin=its.fileno(), stdout=its.fileno()
-            )
-        except OSError as error:
-            ours.close()
-            raise TunnelError(f"The ProxyCommand of your SSH settings cannot be run: {error}") from error
-    threading.Thread(target=process.wait, name="ray-tunnels-proxy-command", daemon=True).start()
-    return ours
 
 
 def dial(host: str, port: int, timeout: float, cancel: Cancel) -> socket.socket:

@@ -87,9 +87,10 @@ def _check_name(what: str, value: str, unsafe: re.Pattern[str]) -> None:
         )
 
 
-def check_jump(jump: str) -> list[tuple[str | None, str, int | None]]:
+def check_jump(jump: str, what: str = "jump") -> list[tuple[str | None, str, int | None]]:
     """Read a list of servers to go through, as ``ssh -J`` takes it: ``[user@]host[:port],...``.
 
+    :param what: its name, for the message.
     :returns: of each the user, the host and the port.
     :raises SpecError: where it is something else.
     """
@@ -102,7 +103,7 @@ def check_jump(jump: str) -> list[tuple[str | None, str, int | None]]:
         except ValueError:
             host = None
         if not host or parts.path or _UNSAFE_HOST.search(host) or (user and _UNSAFE_USER.search(user)):
-            raise SpecError(f"jump must be like 'user@bastion.example.com:22', not {part!r}")
+            raise SpecError(f"{what} must be like 'user@bastion.example.com:22', not {part!r}")
         found.append((user, _as_written(text, host), port))
     return found
 
@@ -118,14 +119,22 @@ def route(login: Login) -> list[Hop]:
 
     :raises TunnelError: where the user's settings cannot be used.
     """
-    return _way(login.host, login.user, login.port, login.jump, _Settings(login.ssh_config), 0)
+    settings = _Settings(login.ssh_config)
+    try:
+        return _way(login.host, login.user, login.port, login.jump, settings, 0)
+    except _UselessError as error:
+        raise TunnelError(f"Your SSH settings in {login.ssh_config} cannot be used: {error}") from error
+
+
+class _UselessError(ValueError):
+    """What the user's settings say cannot be used."""
 
 
 class _Settings:
     """The user's ``~/.ssh/config``, as far as paramiko reads it: everything but ``Include``."""
 
     def __init__(self, file: str | None) -> None:
-        self._file, self._text = file, ""
+        self._text = ""
         if file is None:
             return
         try:
@@ -147,7 +156,13 @@ class _Settings:
             return paramiko.SSHConfig.from_text(given + self._text).lookup(host)
         except (ImportError, ValueError, paramiko.SSHException) as error:
             # "Match exec" needs a package that paramiko leaves to the user.
-            raise TunnelError(f"Your SSH settings in {self._file} cannot be used: {error}") from error
+            raise _UselessError(str(error)) from error
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise _UselessError(f"Port must be a number from 1 to 65535, not {text!r}")
+    return int(text)
 
 
 def _way(
@@ -161,7 +176,7 @@ def _way(
     address = str(found.get("hostname", host))
     hop = Hop(
         address,
-        port or int(found.get("port", 22)),
+        port or _port(str(found.get("port", 22))),
         user or str(found.get("user", "")) or getpass.getuser(),
         str(found.get("hostkeyalias", address)),
         tuple(found.get("identityfile", ())),
@@ -172,8 +187,13 @@ def _way(
         command = str(found.get("proxycommand", "none"))
         if jump is None and command.lower() != "none":
             return [hop._replace(command=command)]
-        if jump is not None and jump.lower() != "none" and check_jump(jump)[0][1] in (host, address):
-            jump = None  # a bastion that the settings for all hosts name is not behind itself
+        if jump is not None and jump.lower() != "none":
+            try:
+                first = check_jump(jump, "ProxyJump")[0][1]
+            except SpecError as error:
+                raise _UselessError(str(error)) from error
+            if first in (host, address):
+                jump = None  # a bastion that the settings for all hosts name is not behind itself
     if jump is None or jump.lower() == "none":
         return [hop]
     way: list[Hop] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -95,11 +94,6 @@ class Engine(Protocol):
 
     def status(self) -> LinkStatus:
         """Tell how it is doing, without waiting."""
-
-
-def own_environment() -> dict[str, str]:
-    """Return the environment for a process of an engine: without Ray's and YellowDog's, which are secrets."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "YD_"))}
 
 
 def make_engine(name: str, login: Login, forwards: list[Forward], isolate: bool = False) -> Engine:

@@ -19,13 +19,15 @@ from typing import Any, BinaryIO
 
 from yellowdog_ray import errors
 from yellowdog_ray.errors import TunnelError
+from yellowdog_ray.utils._ssh.proxy import own_environment
 from yellowdog_ray.utils._ssh.route import Login
-from yellowdog_ray.utils._tunnels.engines import Engine, Forward, LinkStatus, make_engine, own_environment
+from yellowdog_ray.utils._tunnels.engines import Engine, Forward, LinkStatus, make_engine
 
 __all__ = ["Isolated", "serve"]
 
 _BOOT = (
-    "import json, sys; told = json.loads(sys.stdin.buffer.readline()); sys.path[:] = told['path']; "
+    "import json, sys; told = json.loads(open(0, 'rb', 0, closefd=False).readline()); "
+    "sys.path[:] = told['path']; "
     "from yellowdog_ray.utils._tunnels.isolated import serve; serve(told)"
 )
 _START_SECONDS = 120.0  # several servers and keys may have to be tried, each with a limit of its own
@@ -149,9 +151,11 @@ class _Lines(logging.Handler):
 class _Commands:
     """What this process is told after its start: only to stop: by a line, or when its parent has ended."""
 
-    def __init__(self, parent: int) -> None:
+    def __init__(self, parent: int, engine: Engine) -> None:
         self.stop = threading.Event()
         self.seconds = 1.0
+        self.is_started = False
+        self._engine = engine
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._watch, args=(parent,), daemon=True).start()
 
@@ -161,16 +165,22 @@ class _Commands:
         self._end()
 
     def _read(self) -> None:
-        line = sys.stdin.buffer.readline()
+        # Not through sys.stdin: that this thread still reads would be a fatal error when Python ends.
+        with open(0, "rb", 0, closefd=False) as pipe:
+            line = pipe.readline()
         if line:
             self.seconds = float(json.loads(line)["stop"])
         self._end()
 
     def _end(self) -> None:
         self.stop.set()
-        # Whatever holds this process up: nobody waits for it.
-        time.sleep(self.seconds + 1)
-        os._exit(1)
+        try:
+            if not self.is_started:
+                self._engine.stop(time.monotonic() + self.seconds)
+        finally:
+            # Whatever holds this process up: nobody waits for it.
+            time.sleep(self.seconds + 1)
+            os._exit(1)
 
 
 def serve(told: dict[str, Any]) -> None:
@@ -180,11 +190,12 @@ def serve(told: dict[str, Any]) -> None:
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    commands = _Commands(told["parent"])
     forwards = [Forward(**forward) for forward in told["forwards"]]
     engine: Engine = make_engine(told["engine"], Login(**told["login"]), forwards)
+    commands = _Commands(told["parent"], engine)
     try:
         ports = engine.start()
+        commands.is_started = True
     except Exception as error:
         problems = engine.stop(time.monotonic() + 1)
         lines.say({"error": type(error).__name__, "message": str(error), "problems": problems})

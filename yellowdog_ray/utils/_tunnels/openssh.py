@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import os
 import re
 import shutil
-import socket
+import signal
 import subprocess
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from yellowdog_ray.errors import HostKeyError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.connection import CONNECT_TIMEOUT
 from yellowdog_ray.utils._ssh.hostkeys import HostKey, default_record, option_value
+from yellowdog_ray.utils._ssh.proxy import own_environment
 from yellowdog_ray.utils._ssh.route import USER_CONFIG, Login
 from yellowdog_ray.utils._tunnels.engines import (
     FIRST_PAUSE,
@@ -28,9 +28,8 @@ from yellowdog_ray.utils._tunnels.engines import (
     Forward,
     LinkStatus,
     State,
-    own_environment,
 )
-from yellowdog_ray.utils._tunnels.ports import free_ports
+from yellowdog_ray.utils._tunnels.ports import free_ends, is_held
 
 __all__ = ["OpenSSH"]
 
@@ -41,6 +40,9 @@ _READY = b"raydog-tunnels"
 # A session is what lets an sshd before 10.1 send small packets at once. It ends with our end of its input.
 _COMMAND = f"echo {_READY.decode()}; exec cat"
 _END_SECONDS = 1.0
+_ASK_SECONDS = 2  # between questions to a server that says nothing by itself
+_SILENT_SECONDS = 14  # until it is taken for dead
+_CLIENTS_TROUBLE = re.compile(r"channel \d+: open failed")
 
 
 class OpenSSH:
@@ -48,7 +50,7 @@ class OpenSSH:
 
     def __init__(self, login: Login, forwards: list[Forward]) -> None:
         self._login, self._forwards = login, forwards
-        self._ports: list[int] = []
+        self._ends: list[tuple[str, int]] = []  # of each forward, on this machine
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._run: _Run | None = None
         self._lock = threading.Lock()
@@ -64,11 +66,16 @@ class OpenSSH:
             raise TunnelError('engine="openssh" needs the program ssh, which is not here')
         if self._login.key_file and not os.path.exists(self._login.key_file):
             raise TunnelError(f"Cannot read the private key file {self._login.key_file}: No such file")
-        self._ports = free_ports(self._forwards)
-        self._directory = tempfile.TemporaryDirectory(prefix="raydog-ssh-")
-        self._launch()
+        self._ends = free_ends(self._forwards)
+        try:
+            self._directory = tempfile.TemporaryDirectory(prefix="raydog-ssh-")
+            self._launch()
+        except TunnelError:
+            raise
+        except OSError as error:  # no more processes, for one
+            raise TunnelError(f"ssh could not be started: {error.strerror or error}") from error
         self._keeper.start()
-        return self._ports
+        return [port for _, port in self._ends]
 
     def stop(self, deadline: float) -> list[str]:
         self._closing.set()
@@ -111,7 +118,7 @@ class OpenSSH:
         if not run.wait_until_ready(4 * CONNECT_TIMEOUT):
             run.end(time.monotonic() + _END_SECONDS)
             raise self._problem(run)
-        if not _is_taken(self._forwards[-1], self._ports[-1]):
+        if not all(is_held(*end) for end in self._ends):
             run.end(time.monotonic() + _END_SECONDS)
             raise TunnelError(
                 f"ssh is connected to {self._login.where}, but does not listen on its local ports: "
@@ -141,12 +148,13 @@ class OpenSSH:
                 run.process.wait()
             if self._closing.is_set():
                 return
+            said = "ssh has ended"
+            if run is not None:
+                run.end(time.monotonic() + _END_SECONDS)  # which also waits for its last words
+                said = _reason(run)
             with self._lock:
-                said = f"{run.said} ({run.fate})" if run is not None else "ssh has ended"
                 self._last_error = f"The SSH connection to {self._login.where} was lost: {said}"
                 self._say("down")
-            if run is not None:
-                run.end(time.monotonic() + _END_SECONDS)
             log.warning("%s. It is being made again", self._last_error)
             if not self._again():
                 return
@@ -202,8 +210,8 @@ class OpenSSH:
             "LogLevel": "ERROR",
             "RemoteCommand": "none",
             "RequestTTY": "no",
-            "ServerAliveCountMax": "6",  # which makes 14 s until a silent server is taken for dead
-            "ServerAliveInterval": "2",
+            "ServerAliveCountMax": f"{_SILENT_SECONDS // _ASK_SECONDS - 1}",
+            "ServerAliveInterval": f"{_ASK_SECONDS}",
             "UpdateHostKeys": "no",
         }
         if record is None:
@@ -233,11 +241,12 @@ class OpenSSH:
         if login.key_file:
             options |= {"IdentityFile": option_value(login.key_file), "IdentitiesOnly": "yes"}
         if login.jump is not None:
-            words += ["-J", login.jump]
+            words += ["-J", login.jump.replace(" ", "")]
         for name, value in options.items():
             words += ["-o", f"{name}={value}"]
-        for forward, port in zip(self._forwards, self._ports, strict=True):
-            ends = (forward.local_host, port, forward.remote_host, forward.remote_port)
+        for forward, (address, port) in zip(self._forwards, self._ends, strict=True):
+            # Of a name with several addresses ssh would be content with one that it gets.
+            ends = (address, port, forward.remote_host, forward.remote_port)
             words += ["-L", ":".join(f"[{end}]" if ":" in str(end) else str(end) for end in ends)]
         return [*words, "--", login.host, _COMMAND]
 
@@ -263,14 +272,13 @@ def _own_session() -> dict[str, str]:
     return {"ForkAfterAuthentication": "no", "SessionType": "default", "StdinNull": "no"}
 
 
-def _is_taken(forward: Forward, port: int) -> bool:
-    """Tell whether somebody listens on a forward's local port; nothing on the other side hears of it."""
-    family = socket.AF_INET6 if ":" in forward.local_host else socket.AF_INET
-    try:
-        socket.create_server((forward.local_host, port), family=family).close()
-    except OSError as error:
-        return error.errno == errno.EADDRINUSE
-    return False
+def _reason(run: _Run) -> str:
+    """Tell why a connection was lost whose ssh has ended."""
+    if run.said:
+        return f"{run.said} ({run.fate})"
+    # Of everything else that has it give up it says something.
+    silent = run.process.returncode == 255
+    return f"the server has been silent for {_SILENT_SECONDS} s" if silent else run.fate
 
 
 class _Run:
@@ -320,12 +328,11 @@ class _Run:
     def end(self, deadline: float) -> list[str]:
         """End it until a deadline; return what is left then, a sentence each."""
         self._ended_here = self.process.poll() is None
-        with contextlib.suppress(OSError):
-            self.process.terminate()
+        self._signal(signal.SIGTERM)
         try:
             self.process.wait(max(0.1, deadline - time.monotonic() - 0.3))
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._signal(signal.SIGKILL)
         for reader in self._readers:
             reader.join(max(0.0, deadline - time.monotonic()))
         left = [f"ssh ({self.process.pid}) has not ended"] if self.process.poll() is None else []
@@ -335,6 +342,12 @@ class _Run:
                     if pipe is not None:
                         pipe.close()
         return left
+
+    def _signal(self, number: int) -> None:
+        # For a ProxyCommand too, which need not end with its input.
+        if self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, number)
 
     def _read_output(self) -> None:
         assert self.process.stdout is not None  # noqa: S101 - for the type checker
@@ -347,4 +360,6 @@ class _Run:
     def _read_errors(self) -> None:
         assert self.process.stderr is not None  # noqa: S101 - for the type checker
         for line in self.process.stderr:
-            self._lines.append(line.decode(errors="replace").strip())
+            text = line.decode(errors="replace").strip()
+            if not _CLIENTS_TROUBLE.match(text):  # which is not that of the connection
+                self._lines.append(text)

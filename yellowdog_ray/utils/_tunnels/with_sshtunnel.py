@@ -12,7 +12,7 @@ from yellowdog_ray.errors import TunnelError
 from yellowdog_ray.utils._ssh.connection import Cancel, Connector, quiet_log
 from yellowdog_ray.utils._ssh.route import Login
 from yellowdog_ray.utils._tunnels.engines import LIMITS, Forward, LinkStatus
-from yellowdog_ray.utils._tunnels.ports import free_ports
+from yellowdog_ray.utils._tunnels.ports import free_ends
 
 __all__ = ["WithSSHTunnel"]
 
@@ -40,14 +40,14 @@ class WithSSHTunnel:
                 f'engine="sshtunnel" cannot follow your SSH settings to {self._login.where}: '
                 f"{LIMITS['sshtunnel']['jump']}"
             )
-        ports = free_ports(self._forwards)
+        local = free_ends(self._forwards)
+        ports = [port for _, port in local]
         first = self._connector.connect(cancel=self._cancel)
         try:
             key = first.transport.get_remote_server_key()
             host, port = first.transport.getpeername()[:2]
         finally:
             first.close(time.monotonic() + 1)
-        local = [(forward.local_host, port) for forward, port in zip(self._forwards, ports, strict=True)]
         remote = [(forward.remote_host, forward.remote_port) for forward in self._forwards]
         forwarder = sshtunnel.SSHTunnelForwarder(
             (host, port),
