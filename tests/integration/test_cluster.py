@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,16 +14,11 @@ from typing import Any
 
 import pytest
 
+from tests.ssh_fixtures import free_port
 from yellowdog_ray import LocalPlatform, RayDogCluster, RayTunnels, SSHTunnelSpec
 from yellowdog_ray.errors import BuildError, BuildTimeoutError, NotFoundError
 
 pytestmark = pytest.mark.ray
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

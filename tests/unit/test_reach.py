@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tests.ssh_fixtures import SshServer, embedded, eventually, make_key, ssh_server
+from tests.ssh_fixtures import SshServer, embedded, eventually, free_port, make_key, ssh_server
 from yellowdog_ray.errors import (
     ClusterStateError,
     HostKeyError,
@@ -290,6 +290,7 @@ def test_a_refused_login(embedded: SshServer, monkeypatch: pytest.MonkeyPatch) -
         host_key=embedded.host_key,
         ssh_config=False,
     )
+    monkeypatch.setattr(reach_module, "AGENT", free_port())
     with Reach(["127.0.0.1"], access) as reach:
         attempts = 0
         connect = Connector.connect
