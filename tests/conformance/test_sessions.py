@@ -233,7 +233,7 @@ def test_ray_client_finds_another_version(platform, monkeypatch):
     import ray
 
     def init(address: str, **_: object) -> None:
-        raise RuntimeError("Version mismatch: The cluster was started with: Ray: 2.1.0")
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1.0\n")
 
     with make(platform, access="direct", ray_auth="off") as cluster:
         cluster.build(SHORT)

@@ -150,7 +150,8 @@ class ClusterSessions(ClusterInsight):
                 if not str(error).startswith("Version mismatch"):
                     raise
                 # Where the dashboard cannot be asked, it is Ray Client that finds it.
-                raise ClusterStateError(f"{error}. {_SAME_VERSIONS}. Nothing was connected") from None
+                told = " ".join(str(error).split())
+                raise ClusterStateError(f"{told}. {_SAME_VERSIONS}. Nothing was connected") from None
             try:
                 yield context
             finally:
