@@ -159,7 +159,7 @@ def test_each_cluster_gets_its_own_token_alone(platform, monkeypatch, tmp_path):
     (tmp_path / ".netrc").write_text("default login somebody password secret\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(ray, "init", init)
-    access = SSHAccess("ray", "key", ssh_config=False)
+    access = SSHAccess("ray", password="secret", ssh_config=False)
     with (
         dashboard() as (address, asked),
         client_server() as (client_address, client_asked),
