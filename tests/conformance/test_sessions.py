@@ -7,15 +7,19 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import grpc
 import pytest
 
 from tests.clusters import SHORT, make
 from tests.controlplane import TEMPLATE
 from tests.ssh_fixtures import SshServer, embedded
-from yellowdog_ray.errors import BuildError, ClusterStateError, HostKeyError, SpecError
+from yellowdog_ray import RayTunnels
+from yellowdog_ray.errors import BuildError, ClusterStateError, HostKeyError, SpecError, TunnelError
 from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.reach import Reach
 
@@ -132,6 +136,180 @@ def test_a_key_file_that_is_not_there(platform, tmp_path):
     cluster.build(SHORT)
     assert [method for method, *_ in platform.faults.seen if method == "POST"]
     cluster.shut_down()
+
+
+@contextmanager
+def client_server() -> Iterator[tuple[str, list[str | None]]]:
+    """A gRPC server that knows nothing; yields its address and who has asked."""
+    asked: list[str | None] = []
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> None:
+            asked.append(dict(details.invocation_metadata).get("authorization"))
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((Handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}", asked
+    server.stop(None).wait()
+
+
+def test_each_cluster_gets_its_own_token_alone(platform, monkeypatch, tmp_path):
+    """A cluster without a token is sent none, whatever the environment, ~/.netrc and Ray itself have."""
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+
+    def call(address: str) -> None:
+        with init_grpc_channel(address) as channel, pytest.raises(grpc.RpcError, match="UNIMPLEMENTED"):
+            channel.unary_unary("/ray.rpc.RayletDriver/ClusterInfo")(b"", timeout=10)
+
+    def init(address: str, **_: object) -> None:
+        call(address.removeprefix("ray://"))
+
+    (tmp_path / ".netrc").write_text("default login somebody password secret\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(ray, "init", init)
+    access = SSHAccess("ray", password="secret", ssh_config=False)
+    with (
+        dashboard() as (address, asked),
+        client_server() as (client_address, client_asked),
+        make(platform, "one", access=access) as one,
+        make(platform, "two", access=access, ray_auth="off") as two,
+    ):
+        addresses = {10001: client_address, 8265: address}
+        for cluster in (two, one):
+            cluster.build(SHORT)
+            monkeypatch.setattr(cluster, "_check_head", lambda *_, **__: None)
+
+            @contextmanager
+            def port(number: int, *_: object) -> Iterator[str]:
+                yield addresses[number]
+
+            monkeypatch.setattr(cluster, "_port", port)
+        ours = f"Bearer {one._ray_token()}"
+        for environment in (ours, "Bearer another", None):
+            with monkeypatch.context() as patch:
+                if environment is None:
+                    patch.delenv("RAY_AUTH_TOKEN")
+                else:
+                    patch.setenv("RAY_AUTH_TOKEN", environment.removeprefix("Bearer "))
+                before = dict(os.environ)
+                for cluster, expected in ((two, None), (one, ours), (two, None)):
+                    with cluster.jobs() as jobs:
+                        assert jobs.get_version() == "4"
+                        assert set(asked) == {expected}
+                        assert jobs._headers.get("Authorization") == expected  # also for a job's log
+                    with cluster.client():
+                        call(client_address)  # as Ray does when it has lost the connection
+                        assert one.use_ray_auth() is False
+                        assert client_asked == [expected, expected]
+                    asked.clear()
+                    client_asked.clear()
+                    if cluster is two:
+                        assert os.environ == before
+                    before = dict(os.environ)
+
+
+def test_the_dashboard_of_an_open_cluster_needs_ssh(platform):
+    """Without a token there is no other way to the dashboard, which is said before anything is waited for."""
+    with make(platform, access="direct", ray_auth="off") as cluster:
+        cluster.build(SHORT)
+        said = r"localhost only.* and this one has none"
+        with pytest.raises(ClusterStateError, match=said), cluster.jobs():
+            pass
+
+
+def test_a_dashboard_that_does_not_answer(platform, monkeypatch):
+    """It is an error of this library, which says what it may be."""
+    with make(platform, access="direct") as cluster, dashboard() as (address, _):
+        closed = address
+        cluster.build(SHORT)
+    with make(platform, "other", access="direct") as cluster:
+        cluster.build(SHORT)
+
+        @contextmanager
+        def port(*_: object) -> Iterator[str]:
+            yield closed
+
+        monkeypatch.setattr(cluster, "_check_head", lambda *_, **__: None)
+        monkeypatch.setattr(cluster, "_port", port)
+        said = rf"{closed}\. Ray's dashboard.*localhost only"
+        with pytest.raises(TunnelError, match=said), cluster.jobs():
+            pass
+
+
+def test_ray_client_finds_another_version(platform, monkeypatch):
+    """Where the dashboard does not tell the versions, Ray's own refusal is an error of this library."""
+    import ray
+
+    def init(address: str, **_: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1.0\n")
+
+    with make(platform, access="direct", ray_auth="off") as cluster:
+        cluster.build(SHORT)
+        monkeypatch.setattr(cluster, "_check_head", lambda *_, **__: None)
+        monkeypatch.setattr(ray, "init", init)
+        said = r"Ray: 2\.1\.0\. A client and its cluster need the same version.* Nothing was connected"
+        with pytest.raises(ClusterStateError, match=said), cluster.client():
+            pass
+        assert "RAY_AUTH_MODE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"engine": "nonsense"}, "engine must be one of"),
+        ({"engine": "openssh"}, "password"),
+        ({"timeout": "soon"}, "timeout: a time in seconds"),
+        ({"timeout": None}, "timeout: a time in seconds"),
+        ({"timeout": True}, "timeout: a time in seconds"),
+        ({"timeout": timedelta(0)}, "not longer than zero"),
+        ({"timeout": float("nan")}, "not longer than zero"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_waited_for(platform, options, said):
+    """No head answers here, so that who waits for one waits in vain."""
+    with make(platform, access=SSHAccess("ray", password="secret", port=1, ssh_config=False)) as cluster:
+        cluster.build(SHORT)
+        for session in (cluster.client, cluster.jobs):
+            began = time.monotonic()
+            with pytest.raises(SpecError, match=said), session(**{"timeout": 60, **options}):
+                pass
+            assert time.monotonic() - began < 5
+
+
+def test_bad_input_of_tunnels(platform):
+    """What is no address, no list of specs and no time is refused as such."""
+    for specs in ([10001], 10001, "10001", [None]):
+        with pytest.raises(SpecError, match="list of SSHTunnelSpec"):
+            RayTunnels("head", "ray", ray_tunnel_specs=specs)
+    with pytest.raises(SpecError, match="must be a text, not 5"):
+        RayTunnels(5, "ray")
+    for timeout in (None, "soon", 0, -1):
+        with pytest.raises(SpecError, match="timeout"):
+            RayTunnels("head", "ray").wait_for_ray(timeout)
+
+
+def test_the_address_that_can_be_reached(platform, embedded: SshServer, monkeypatch):
+    """Sessions and tunnels go where the cluster was connected to, which need not be the public address."""
+    access = SSHAccess(
+        embedded.user, embedded.key, port=embedded.port, host_key=embedded.host_key, ssh_config=False
+    )
+    with make(platform, access=access) as cluster:
+        cluster.build(SHORT)
+        head = cluster._assembly.head
+        # Nothing listens at the one, and the server at the other.
+        monkeypatch.setattr(head, "public_ip", "127.0.0.2")
+        monkeypatch.setattr(head, "private_ip", "127.0.0.1")
+        assert "@127.0.0.2:" in repr(cluster.tunnels())
+        assert cluster._way().health() is not None  # there is no Ray
+        assert cluster._way().address == "127.0.0.1"
+        with cluster.tunnels(local_port="auto") as tunnels:
+            assert f"@127.0.0.1:{embedded.port} " in repr(tunnels)
+        monkeypatch.setattr(cluster, "_check_head", lambda *_, **__: None)
+        with cluster._port(8265, "paramiko", False) as address:
+            assert address.startswith("127.0.0.1:")
 
 
 def test_a_head_that_cannot_be_trusted(platform, embedded: SshServer, monkeypatch):

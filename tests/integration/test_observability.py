@@ -74,17 +74,11 @@ sys.stdin.read()
 
 @dataclass
 class Observed:
-    """A cluster of a head, a worker and an observability node, and the ways to it.
-
-    :param client: Ray Client's local port.
-    """
+    """A cluster of a head, a worker and an observability node, and the tunnels that it makes by itself."""
 
     cluster: RayDogCluster
     platform: LocalPlatform
     tunnels: RayTunnels
-    client: int
-    dashboard: int
-    prometheus: int
 
     @property
     def head(self) -> str:
@@ -92,7 +86,7 @@ class Observed:
 
     def query(self, query: str) -> list[dict[str, Any]]:
         """Ask Prometheus; nothing where it does not answer yet."""
-        url = f"http://127.0.0.1:{self.prometheus}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+        url = f"{self.tunnels.prometheus_url}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
                 result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
@@ -106,7 +100,7 @@ class Observed:
 
     def dashboard_says(self, path: str) -> dict[str, Any]:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.dashboard}{path}",
+            f"{self.tunnels.dashboard_url}{path}",
             headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"},
         )
         with urllib.request.urlopen(request, timeout=15) as answer:
@@ -123,7 +117,6 @@ def observed(platform: LocalPlatform, tmp_path_factory: pytest.TempPathFactory) 
     """One cluster for all tests of a platform, with tunnels to it."""
     if not shutil.which("prometheus"):
         pytest.skip("there is no prometheus on this machine")
-    client, dashboard, prometheus = free_port(), free_port(), free_port()
     with ExitStack() as stack:
         cluster = stack.enter_context(
             RayDogCluster(
@@ -143,15 +136,8 @@ def observed(platform: LocalPlatform, tmp_path_factory: pytest.TempPathFactory) 
         )
         cluster.add_worker_pool(platform.template_names[0], None, 1, "workers")
         cluster.build(timedelta(minutes=2), until="ray")
-        node = cluster.observability_node_private_ip
-        assert node
-        specs = [
-            SSHTunnelSpec("localhost", client, "localhost", ports.CLIENT),
-            SSHTunnelSpec("localhost", dashboard, "localhost", ports.DASHBOARD),
-            SSHTunnelSpec("localhost", prometheus, node, ports.PROMETHEUS),
-        ]
-        tunnels = stack.enter_context(cluster.tunnels(specs))
-        yield Observed(cluster, platform, tunnels, client, dashboard, prometheus)
+        tunnels = stack.enter_context(cluster.tunnels(local_port="auto"))
+        yield Observed(cluster, platform, tunnels)
     assert platform.nodes() == []
 
 
@@ -175,7 +161,7 @@ def job(observed: Observed) -> Iterator[None]:
         check=True,
     )
     (about,) = json.loads(told.stdout)
-    variables = {**about["environment"], "RAY_ADDRESS": f"ray://127.0.0.1:{observed.client}"}
+    variables = {**about["environment"], "RAY_ADDRESS": str(observed.tunnels.client_address)}
     assert variables["RAY_AUTH_TOKEN"] is None
     environment = {name: value for name, value in os.environ.items() if name not in variables}
     environment.update({name: value for name, value in variables.items() if value is not None})
@@ -217,6 +203,8 @@ def test_prometheus_sees_what_there_is(observed: Observed, job: None) -> None:
     grafana = observed.dashboard_says("/api/grafana_health")["data"]
     assert grafana["grafanaHost"] == f"http://localhost:{ports.GRAFANA}"
     assert grafana["dashboardDatasource"] == "Prometheus"
+    with urllib.request.urlopen(f"{observed.tunnels.grafana_url}/api/health", timeout=10) as answer:
+        assert json.load(answer) == {"database": "ok"}
     observed.cluster.scale_worker_pool("workers", 2)
     nodes = until("a second worker", lambda: found if len(found := observed.nodes()) == 2 else None)
     until("the second worker's metrics", expected)
@@ -235,7 +223,7 @@ def test_rays_dashboard_in_a_browser(observed: Observed) -> None:
 
     with launch() as driver:
         wait = WebDriverWait(driver, 30)
-        address = f"http://127.0.0.1:{observed.dashboard}"
+        address = observed.tunnels.dashboard_url
         driver.get(f"{address}/#/cluster")
         field = wait.until(lambda page: page.find_element(By.CSS_SELECTOR, "[role=dialog] input"))
         assert observed.head not in driver.page_source

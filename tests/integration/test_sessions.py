@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import platform as python_platform
+import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,32 +21,75 @@ import pytest
 
 from tests.integration.conftest import kinds
 from tests.ssh_fixtures import eventually
-from yellowdog_ray import LocalPlatform, RayDogCluster
+from yellowdog_ray import LocalPlatform, RayDogCluster, RayTunnels
 from yellowdog_ray.errors import ClusterStateError, RayDogError
 from yellowdog_ray.local.isolation import Isolation
+from yellowdog_ray.local.linux import processes_with
+from yellowdog_ray.local.supervisor import NODE_FILES
+from yellowdog_ray.raydog.ports import CLIENT, DASHBOARD, GCS
 from yellowdog_ray.utils._tunnels.forwarder import Forwarder
 
 pytestmark = pytest.mark.ray
 
 
-def status_for_another_user(port: int) -> int:
-    """Ask the dashboard for Ray's version, without a token, as another user where this one may do that."""
-    receiver, sender = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            if os.geteuid() == 0:
-                os.setuid(65534)
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
-                sock.sendall(b"GET /api/version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                os.write(sender, sock.recv(100))
-        finally:
-            os._exit(0)
-    os.close(sender)
-    with os.fdopen(receiver, "rb") as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    return int(answer.split()[1])
+# Another user of this machine, where this one may become one. All of Python is loaded before, as that user
+# may not be able to read it.
+STRANGER = """
+import encodings.idna, http.client, json, os, sys
+import grpc, grpc._channel
+given = json.load(sys.stdin)
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+said = {"jobs": []}
+for token in given["tokens"]:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    connection = http.client.HTTPConnection("127.0.0.1", given["dashboard"], timeout=10)
+    connection.request("POST", "/api/jobs/", '{"entrypoint": "id", "job_id": "stranger"}', headers)
+    said["jobs"].append(connection.getresponse().status)
+    connection.close()
+for method, port in given["methods"].items():
+    codes = said[method] = []
+    for token in given["tokens"] + given["right"]:
+        metadata = [] if token is None else [("authorization", f"Bearer {token}")]
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            try:
+                channel.unary_unary(method)(b"", timeout=10, metadata=metadata)
+                codes.append("OK")
+            except grpc.RpcError as error:
+                codes.append(error.code().name)
+print(json.dumps(said))
+"""
+
+
+def check_strangers(ports: dict[int, int], token: str) -> None:
+    """Check that without the right token nobody gets anything from the dashboard, Ray Client and the GCS.
+
+    :param ports: local ones, by those of the head.
+    """
+    methods = {
+        "/ray.rpc.RayletDriver/ClusterInfo": ports[CLIENT],
+        "/ray.rpc.InternalKVGcsService/InternalKVGet": ports[GCS],
+        "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo": ports[GCS],
+    }
+    given = {"dashboard": ports[DASHBOARD], "methods": methods, "tokens": [None, "f" * 64], "right": [token]}
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER],
+        env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said.pop("jobs") == [401, 403]
+    assert list(said) == list(methods)
+    for codes in said.values():
+        assert codes[:2] == ["UNAUTHENTICATED", "UNAUTHENTICATED"]
+        assert codes[2] != "UNAUTHENTICATED"  # so that it is the token that makes the difference
 
 
 def run_job(cluster: RayDogCluster) -> str:
@@ -102,19 +150,24 @@ def test_sessions(
             self.count += 1
             return self.count
 
-    with over_ssh.tunnels(local_port="auto") as tunnels:
+    specs = [RayTunnels.basic_port_forward(port) for port in (CLIENT, DASHBOARD, GCS)]
+    with over_ssh.tunnels(specs, local_port="auto") as tunnels:
         tunnels.wait_for_ray(30)
         assert tunnels.client_address is not None
-        assert tunnels.dashboard_url is not None
-        assert status_for_another_user(tunnels.ports[8265]) == 401
+        check_strangers(tunnels.ports, str(over_ssh._ray_token()))
         assert over_ssh.use_ray_auth()
         ray.init(tunnels.client_address, logging_level="ERROR")
         try:
             counter = Counter.remote()
             assert ray.get(counter.up.remote()) == 1
-            end_ssh_connection(tunnels._engine)
+            end_ssh_connections(platform, tunnels._engine)
             assert ray.get(counter.up.remote(), timeout=60) == 2
             assert tunnels.status().reconnects == 1
+            if networks(platform):
+                began = time.monotonic()
+                with cut_off(platform, str(over_ssh.head_node_private_ip), 10):
+                    assert ray.get(counter.up.remote(), timeout=60) == 3
+                    assert time.monotonic() - began > 9  # the answer had to wait
         finally:
             ray.shutdown()
 
@@ -144,10 +197,54 @@ def test_sessions(
         pass
 
 
-def end_ssh_connection(engine: Any) -> None:
-    """Break the tunnels' SSH connection, as the network may do."""
+def networks(platform: LocalPlatform) -> dict[str, int]:
+    """The networks of a platform's nodes, where they have their own, each with a process that is in it."""
+    found = {}
+    for pid in processes_with(NODE_FILES, platform.directory):
+        with contextlib.suppress(OSError):
+            found[os.readlink(f"/proc/{pid}/ns/net")] = pid
+    found.pop(os.readlink("/proc/self/ns/net"), None)
+    return found
+
+
+def end_ssh_connections(platform: LocalPlatform, engine: Any) -> None:
+    """Kill what serves the SSH connections to the nodes, or break that of the tunnels as a network may do."""
     assert isinstance(engine, Forwarder)
     connection = engine._link._connection
     assert connection is not None
-    connection.transport.sock.shutdown(socket.SHUT_RDWR)
+    if nets := networks(platform):
+        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if command.startswith(b"sshd") and os.readlink(f"/proc/{pid}/ns/net") in nets:
+                    os.kill(pid, signal.SIGKILL)
+    else:  # the nodes are plain processes, each with one server for all connections
+        connection.transport.sock.shutdown(socket.SHUT_RDWR)
     assert eventually(lambda: not connection.is_active)
+
+
+# In a node's network: cuts its line for some seconds.
+CUT = """
+import sys, time
+from pyroute2 import IPRoute
+with IPRoute() as here:
+    for one in here.get_addr(address=sys.argv[1]):
+        here.link("set", index=one["index"], state="down")
+        print("cut", flush=True)
+        time.sleep(float(sys.argv[2]))
+        here.link("set", index=one["index"], state="up")
+"""
+
+
+@contextlib.contextmanager
+def cut_off(platform: LocalPlatform, address: str, seconds: float) -> Iterator[None]:
+    """Cut the line to a node, and mend it after a while, whether or not the block has ended."""
+    for pid in networks(platform).values():
+        command = ["nsenter", f"--net=/proc/{pid}/ns/net", sys.executable, "-c", CUT, address, str(seconds)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            if process.stdout.readline() == "cut\n":
+                yield
+                assert process.wait(30) == 0
+                return
+    pytest.fail(f"no node has the address {address}")

@@ -228,7 +228,7 @@ class Reach:
 
     @property
     def address(self) -> str:
-        """The head's address: the first one, or the last one that has answered without SSH."""
+        """The head's address: the first one, or the last one that was connected to."""
         return self._preferred
 
     def close(self) -> None:
@@ -369,6 +369,7 @@ class Reach:
                 problems.append(error)
                 continue
             self._refusal = None
+            self._preferred = address
             threading.Thread(
                 target=quicken, args=(connection.transport,), name="raydog-quicken", daemon=True
             ).start()

@@ -19,10 +19,12 @@ from yellowdog_ray.errors import (
     TunnelError,
     WaitTimeoutError,
 )
+from yellowdog_ray.raydog import ray_auth
 from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.insight import ClusterInsight
 from yellowdog_ray.raydog.ports import CLIENT, DASHBOARD, GRAFANA, PROMETHEUS
 from yellowdog_ray.raydog.reach import Reach
+from yellowdog_ray.raydog.specs import check_seconds
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -38,6 +40,14 @@ _LOOK = 0.2  # seconds between looks at whether Ray is ready
 # Where one of these is set, Ray's client for jobs goes there, whatever address it is given.
 _ELSEWHERE = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _environment = threading.Lock()
+_SAME_VERSIONS = (
+    "A client and its cluster need the same version of Ray, and of Python up to its minor version"
+)
+_NO_DASHBOARD = (
+    "Ray's dashboard, which takes the jobs, listens on the head's localhost only: give the cluster "
+    'access=SSHAccess(...). It can be reached without SSH where a cluster was built with access="direct" and '
+    "a token"
+)
 
 
 class ClusterSessions(ClusterInsight):
@@ -53,6 +63,10 @@ class ClusterSessions(ClusterInsight):
     ) -> RayTunnels:
         """Make tunnels to the head, with what the cluster knows; they are not open yet.
 
+        They are to the address at which this object has connected to the head, in a build that waits for Ray,
+        or to wait for workers. Where it has not, they are to the public address, if there is one: only
+        :meth:`client` and :meth:`jobs`, which connect at once, find out which one can be reached.
+
         :param ray_tunnel_specs: the ports to forward; by default 10001 (Ray Client) and 8265 (dashboard), and
             where there is an observability node, its 3000 (Grafana) and 9090 (Prometheus).
         :param local_port: ``"match"`` for the same numbers here, which is what is done where there are no
@@ -64,6 +78,9 @@ class ClusterSessions(ClusterInsight):
         from yellowdog_ray.utils.ray_ssh_tunnels import RayTunnels, SSHTunnelSpec
 
         access, address = self._access, self.head_node_public_ip or self.head_node_private_ip
+        with self._lock:
+            if self._reach is not None and address is not None:
+                address = self._reach.address
         if address is None:
             raise ClusterStateError(f"there is no head to make tunnels to: the cluster is {self._life}")
         if not isinstance(access, SSHAccess):
@@ -109,11 +126,13 @@ class ClusterSessions(ClusterInsight):
                 print(ray.get(square.remote(3)))
 
         It goes through a tunnel of its own, or, with ``access="direct"``, to the head's address. The block is
-        given what ``ray.init`` has returned.
+        given what ``ray.init`` has returned. Ray has the cluster's token meanwhile, or, where the cluster has
+        none, no token at all, whatever ``RAY_AUTH_TOKEN`` was before.
 
         :param timeout: how long to wait until Ray on the head is ready, as a timedelta or in seconds.
         :param engine: of the tunnel, see :class:`.RayTunnels`; ``isolate`` too.
         :param options: what else ``ray.init`` takes.
+        :raises SpecError: where the time is none, or the engine cannot do this.
         :raises ClusterStateError: before anything hangs: where Ray is connected already in this process, its
             version or Python's is another one on the head, the token is refused, or there is no head.
         :raises WaitTimeoutError: where Ray on the head is not ready in time.
@@ -123,11 +142,16 @@ class ClusterSessions(ClusterInsight):
         import ray
 
         self._check_disconnected()
-        self._check_head(timeout, exact=True)
-        if self._ray_token() is not None and not self.use_ray_auth():
-            raise ClusterStateError("Ray is connected in this process: call ray.shutdown() before")
-        with self._port(CLIENT, engine, isolate) as address:
-            context = ray.init(f"ray://{address}", **options)
+        self._check_head(timeout, engine, exact=True)
+        with self._port(CLIENT, engine, isolate) as address, ray_auth.session(self._ray_token()):
+            try:
+                context = ray.init(f"ray://{address}", **options)
+            except RuntimeError as error:
+                if not str(error).startswith("Version mismatch"):
+                    raise
+                # Where the dashboard cannot be asked, it is Ray Client that finds it.
+                told = " ".join(str(error).split())
+                raise ClusterStateError(f"{told}. {_SAME_VERSIONS}. Nothing was connected") from None
             try:
                 yield context
             finally:
@@ -149,34 +173,44 @@ class ClusterSessions(ClusterInsight):
                 job = jobs.submit_job(entrypoint="python -c 'print(42)'")
 
         It goes through a tunnel of its own to the dashboard, or, with ``access="direct"``, to the head's
-        address, and sends the cluster's token by itself. It is this cluster's, whatever ``RAY_ADDRESS`` and
+        address, which has the dashboard only where the cluster was built so, and has a token. It sends the
+        cluster's token and no other one. It is this cluster's, whatever ``RAY_ADDRESS`` and
         ``RAY_API_SERVER_ADDRESS`` say, which are taken out of the environment while the client is made, and
         goes through no proxy.
 
         :param timeout: how long to wait until Ray on the head is ready, as a timedelta or in seconds.
         :param engine: of the tunnel, see :class:`.RayTunnels`; ``isolate`` too.
-        :raises ClusterStateError: where the token is refused, or there is no head.
+        :raises SpecError: where the time is none, or the engine cannot do this.
+        :raises ClusterStateError: where the token is refused, there is no head, or its dashboard cannot be
+            reached without SSH.
         :raises WaitTimeoutError: where Ray on the head is not ready in time.
         :raises TunnelError: where the head cannot be reached: at once where its host key is not the expected
             one, and where it does not let the user in for a minute.
         """
-        self._check_head(timeout, exact=False)
+        built_here = not self._attached and self._spec.head.script is None
+        if self._access == "direct" and self._spec.ray_auth == "off" and built_here:
+            raise ClusterStateError(f"{_NO_DASHBOARD}, and this one has none")
+        self._check_head(timeout, engine, exact=False)
         token = self._ray_token()
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         with self._port(DASHBOARD, engine, isolate) as address:
-            yield _jobs_client(f"http://{address}", headers)
+            try:
+                client = _jobs_client(f"http://{address}", headers)
+            except ConnectionError as error:
+                why = "" if isinstance(self._access, SSHAccess) else f" {_NO_DASHBOARD}"
+                raise TunnelError(f"{str(error).rstrip('.')}.{why}") from error
+            yield client
 
     def _check_disconnected(self) -> None:
-        from yellowdog_ray.raydog import ray_auth
-
         if ray_auth.is_connected():
             raise ClusterStateError("Ray is connected in this process: call ray.shutdown() before")
 
-    def _check_head(self, timeout: timedelta | float, *, exact: bool) -> None:
+    def _check_head(self, timeout: timedelta | float, engine: EngineName, *, exact: bool) -> None:
         """Wait until Ray on the head is ready, and compare what it runs with what runs here.
 
         :param exact: whether a difference is an error.
         """
+        seconds = check_seconds(timeout, "timeout")
         if self._access is None:
             raise ClusterStateError(
                 'a session needs a way to the head: give the cluster access=SSHAccess(...), or "direct" '
@@ -185,15 +219,13 @@ class ClusterSessions(ClusterInsight):
         way = self._way()
         if way is None:
             raise ClusterStateError(f"there is no head to connect to: the cluster is {self._life}")
-        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+        if isinstance(self._access, SSHAccess):
+            self.tunnels(engine=engine)  # refuses now what it would refuse after the wait
         self._wait_until_ready(way, seconds)
         differences = _differences(way)
         if not differences:
             return
-        told = (
-            f"{' and '.join(differences)}. A client and its cluster need the same version of Ray, and of "
-            "Python up to its minor version"
-        )
+        told = f"{' and '.join(differences)}. {_SAME_VERSIONS}"
         if exact and "RAY_IGNORE_VERSION_MISMATCH" not in os.environ:
             raise ClusterStateError(f"{told}. Nothing was connected")
         log.warning("%s", told)
@@ -234,12 +266,16 @@ def _jobs_client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
         """One that asks the head itself: a proxy of the environment would be shown the token."""
 
         def _do_request(self, *arguments: Any, **options: Any) -> Any:
-            return super()._do_request(*arguments, **options, proxies={"http": None, "all": None})
+            self._headers = dict(headers)
+            # Requests would add to them what ~/.netrc has for this host.
+            options = {"auth": lambda request: request, "proxies": {"http": None, "all": None}, **options}
+            return super()._do_request(*arguments, **options)
 
     with _environment:
         kept = {name: os.environ.pop(name) for name in _ELSEWHERE if name in os.environ}
         try:
-            client = DirectClient(address, headers=headers)
+            # One that holds no token would be given the one of the environment, which is another cluster's.
+            client = DirectClient(address, headers={"Authorization": "none", **headers})
         finally:
             os.environ.update(kept)
     if client.get_address() != address:

@@ -46,6 +46,7 @@ __all__ = [
     "check_api_url",
     "check_count",
     "check_duration",
+    "check_seconds",
     "key_hint",
     "make",
 ]
@@ -334,6 +335,20 @@ def check_duration(value: Any, name: str) -> timedelta | None:
     if value <= timedelta(0):
         raise SpecError(f"{name}: {value} is not longer than zero")
     return value
+
+
+def check_seconds(value: Any, name: str) -> float:
+    """Check a time limit that is a :class:`~datetime.timedelta` or a number of seconds.
+
+    :returns: the seconds.
+    :raises SpecError: where it is neither, or not longer than zero.
+    """
+    if isinstance(value, bool) or not isinstance(value, timedelta | int | float):
+        raise SpecError(f"{name}: a time in seconds or a datetime.timedelta is needed, not {value!r}")
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if not seconds > 0:  # nor is nan
+        raise SpecError(f"{name}: {value} is not longer than zero")
+    return float(seconds)
 
 
 def key_hint(credentials: Credentials) -> str:

@@ -191,10 +191,19 @@ class RayTunnels:
         self._lock = threading.Lock()  # for the engine and its ports, held for a moment only
         if not ray_head_ip_address:
             raise SpecError("The head node's address is empty: has the cluster been built?")
+        if not isinstance(ray_head_ip_address, str):
+            raise SpecError(f"The head node's address must be a text, not {ray_head_ip_address!r}")
         if not ssh_user:
             raise SpecError("An SSH user is needed, such as the one that the node's image was made with")
         if ray_tunnel_specs is None:
             ray_tunnel_specs = [self.basic_port_forward(port) for port in (CLIENT, DASHBOARD)]
+        if not isinstance(ray_tunnel_specs, Sequence) or not all(
+            isinstance(spec, SSHTunnelSpec) for spec in ray_tunnel_specs
+        ):
+            raise SpecError(
+                f"ray_tunnel_specs must be a list of SSHTunnelSpec, not {ray_tunnel_specs!r}: "
+                "RayTunnels.basic_port_forward(10001) makes one of a port"
+            )
         if not ray_tunnel_specs:
             raise SpecError("ray_tunnel_specs names no port to forward")
         self._forwards = _forwards(ray_tunnel_specs, local_port)
@@ -343,11 +352,14 @@ class RayTunnels:
         raylet, at ``/api/local_raylet_healthz`` on port 52365 of its localhost, which needs no token.
 
         :param timeout: how long to wait, as a timedelta or in seconds.
+        :raises SpecError: where that is no time.
         :raises ClusterStateError: where the tunnels are not open.
         :raises TunnelError: where the SSH server forbids connections to that port.
         :raises WaitTimeoutError: where Ray did not become ready in time, with the last answer.
         """
-        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+        from yellowdog_ray.raydog.specs import check_seconds
+
+        seconds = check_seconds(timeout, "timeout")
         deadline = time.monotonic() + seconds
         while True:
             ports, state = self._ports, self.status().state
