@@ -24,12 +24,11 @@ from platformdirs import user_state_path
 
 from yellowdog_ray.errors import LocalPlatformError, SpecError
 from yellowdog_ray.local.account import ANSWER_SECONDS, LocalAccount
+from yellowdog_ray.local.belonging import processes_of
 from yellowdog_ray.local.directory import remove_leftovers
-from yellowdog_ray.local.linux import processes_with
 from yellowdog_ray.local.platform import forget_clusters
 from yellowdog_ray.local.records import from_plain
 from yellowdog_ray.local.server import bind_loopback
-from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.local.template import NodeTemplate
 from yellowdog_ray.utils._files import write_private
 
@@ -287,7 +286,7 @@ def _checked(known: Any) -> dict[str, Any]:
 def left_of(known: dict[str, Any]) -> list[str]:
     """List what is still there of a platform that was written down: processes, a directory, an interface."""
     directory, interface = known["directory"], known["interface"]
-    left = [f"process {pid}" for pid in processes_with(NODE_FILES, directory)]
+    left = [f"process {pid}" for pid in processes_of(directory)]
     if os.path.exists(directory):
         left.append(f"directory {directory}")
     if interface and os.path.exists(f"/sys/class/net/{interface}"):
