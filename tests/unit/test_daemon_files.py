@@ -101,6 +101,24 @@ DAMAGED = {
 }
 
 
+def test_that_a_key_could_be_read_is_remembered(home: Home) -> None:
+    """A key that others could read while the platform ran is not kept, though its end makes the file private."""
+    home.write({**GOOD, "pid": 7})
+    home.file.chmod(0o644)
+    home.note({**GOOD, "pid": 7, "ending": True})
+    home.note({**GOOD, "pid": None})
+    assert home.file.stat().st_mode & 0o077 == 0
+    renewed = _make(home, Options(keep_key=True))
+    assert renewed.key_id != GOOD["key_id"]
+    assert renewed._kept.control_token is None  # type: ignore[union-attr]
+    # One that was killed is written down as such before anybody looks.
+    home.write({**GOOD, "pid": 7})
+    assert _make(home, Options(keep_key=True)).key_id == GOOD["key_id"]
+    home.file.chmod(0o640)
+    assert home.clean_up() == []
+    assert _make(home, Options(keep_key=True)).key_id != GOOD["key_id"]
+
+
 @pytest.mark.parametrize("what", DAMAGED)
 def test_a_damaged_file_counts_as_none(home: Home, what: str, caplog: pytest.LogCaptureFixture) -> None:
     """Where no platform runs, a file that is damaged or incomplete is passed over, with a warning."""

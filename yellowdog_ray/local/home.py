@@ -47,6 +47,7 @@ _ABSENT: Mapping[str, Any] = {
     "control_token": "",
     "description": "",
     "ending": False,
+    "exposed": False,
     "interface": "",
     "templates": {},
 }
@@ -182,15 +183,27 @@ class Home:
             raise ValueError(str(error)) from error
 
     def write(self, known: dict[str, Any]) -> None:
-        """Write it down, for this user only."""
+        """Write it down, for this user only, as that of a platform whose key nobody else has been able to read."""
+        self._write({**known, "exposed": False})
+
+    def _write(self, known: dict[str, Any]) -> None:
         write_private(self.file, json.dumps({"version": _VERSION, **known}, indent=2).encode())
 
     def note(self, known: dict[str, Any]) -> None:
         """Write it down where that can be done; a full disk keeps nothing from ending."""
         try:
-            self.write(known)
+            # Afterwards the file no longer shows it.
+            self._write({**known, "exposed": self.exposed()})
         except OSError as error:
             _log.warning("It is not written down that the local platform %r has ended: %s", self.name, error)
+
+    def exposed(self) -> bool:
+        """Tell whether others could read the file, now or before it was last written to."""
+        try:
+            open_to_others = bool(self.file.stat().st_mode & 0o077)
+        except FileNotFoundError:
+            return False
+        return open_to_others or bool(self.read().get("exposed"))
 
     def account(self, patience: float = ANSWER_SECONDS) -> LocalAccount | None:
         """Return what a client needs; None where the platform does not run.
@@ -261,7 +274,12 @@ def _checked(known: Any) -> dict[str, Any]:
         raise ValueError("it is no JSON object")
     if known.get("version") != _VERSION:
         raise ValueError(f"it is of version {known.get('version')!r}, and not of {_VERSION}")
-    hints = {**get_type_hints(LocalAccount), "ending": bool, "templates": Mapping[str, NodeTemplate]}
+    hints = {
+        **get_type_hints(LocalAccount),
+        "ending": bool,
+        "exposed": bool,
+        "templates": Mapping[str, NodeTemplate],
+    }
     # None says that it has ended.
     hints["pid"] = int | None
     known = {**_ABSENT, **known}
