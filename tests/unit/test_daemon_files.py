@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import LocalPlatformError, SpecError
+from yellowdog_ray.local.belonging import NODE_FILES
 from yellowdog_ray.local.daemon import Options, _make
+from yellowdog_ray.local.directory import hold, new_directory
 from yellowdog_ray.local.home import Home
+from yellowdog_ray.local.launch import tidy
 from yellowdog_ray.local.node_ssh import SSHIdentity
 from yellowdog_ray.local.server import Kept, bind_loopback
 from yellowdog_ray.local.template import NodeTemplate
@@ -102,7 +106,7 @@ DAMAGED = {
 
 
 def test_that_a_key_could_be_read_is_remembered(home: Home) -> None:
-    """A key that others could read while the platform ran is not kept, though its end makes the file private."""
+    """A key that others could read while it was used is not kept, though the end makes the file private."""
     home.write({**GOOD, "pid": 7})
     home.file.chmod(0o644)
     home.note({**GOOD, "pid": 7, "ending": True})
@@ -117,6 +121,21 @@ def test_that_a_key_could_be_read_is_remembered(home: Home) -> None:
     home.file.chmod(0o640)
     assert home.clean_up() == []
     assert _make(home, Options(keep_key=True)).key_id != GOOD["key_id"]
+
+
+def test_what_a_killed_start_left_is_removed(home: Home) -> None:
+    """What a first start made that was killed before anything was written down of it does not stay."""
+    directory = new_directory()
+    os.close(hold(directory))
+    environment = {NODE_FILES: str(directory / "n2")}
+    process = subprocess.Popen(["sleep", "1000"], env=environment)
+    try:
+        assert tidy(home) == []
+        assert process.wait(5) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+    assert not directory.exists()
 
 
 @pytest.mark.parametrize("what", DAMAGED)

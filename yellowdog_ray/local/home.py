@@ -183,7 +183,7 @@ class Home:
             raise ValueError(str(error)) from error
 
     def write(self, known: dict[str, Any]) -> None:
-        """Write it down, for this user only, as that of a platform whose key nobody else has been able to read."""
+        """Write it down, for this user only, with a key that nobody else can have read so far."""
         self._write({**known, "exposed": False})
 
     def _write(self, known: dict[str, Any]) -> None:
@@ -245,8 +245,12 @@ class Home:
         That is done when this returns, which it does after 15 s at the most.
         """
         with self.lock() as locked:
+            if locked is None:
+                return []
+            # Of a start that was killed early, nothing is written down.
             known = self.read()
-            if locked is None or known.get("pid") is None:
+            if known.get("pid") is None:
+                remove_leftovers()
                 return []
             found = left_of(known)
             deadline = time.monotonic() + _CLEAN_SECONDS
