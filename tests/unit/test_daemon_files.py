@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import LocalPlatformError, SpecError
 from yellowdog_ray.local.belonging import NODE_FILES
+from yellowdog_ray.local.control_plane import DEFAULT_TEMPLATE, LocalControlPlane
 from yellowdog_ray.local.daemon import Options, _make
 from yellowdog_ray.local.directory import hold, new_directory
 from yellowdog_ray.local.home import Home
@@ -213,7 +215,14 @@ def test_what_it_goes_on_with(home: Home, caplog: pytest.LogCaptureFixture) -> N
         {"port": 99_999},
         {"isolation": "none"},
         {"templates": {"big": NodeTemplate()}},
+        {"port": "80"},
+        {"port": True},
         {"templates": {"/": NodeTemplate()}},
+        {"templates": {"Local/Big Node": NodeTemplate()}},
+        {"templates": {"local/x" * 10: NodeTemplate()}},
+        {"templates": {}},
+        {"templates": ["local/big"]},
+        {"templates": {"local/big": {"vcpus": 1, "ram": 1}}},
     ],
     ids=str,
 )
@@ -221,6 +230,17 @@ def test_options_that_cannot_work(wrong: dict[str, Any]) -> None:
     """Options are refused before anything is started."""
     with pytest.raises(SpecError):
         Options(**wrong)
+
+
+def test_arguments_that_cannot_work() -> None:
+    """So are arguments, by name."""
+    with pytest.raises(SpecError, match="limits"):
+        LocalPlatform(limits="yes")  # type: ignore[arg-type]
+    for port in (70_000, -1, "80"):
+        with pytest.raises(SpecError, match=f"TCP port: {port!r}"):
+            LocalControlPlane(port=port)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="'Big Node' is not a valid name"):
+        LocalControlPlane(templates=[replace(DEFAULT_TEMPLATE, name="Big Node")])
 
 
 def test_a_full_disk_is_called_by_its_name(tmp_path: Path, home: Home) -> None:
