@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform as python_platform
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +21,8 @@ from tests.integration.conftest import kinds
 from tests.ssh_fixtures import eventually
 from yellowdog_ray import LocalPlatform, RayDogCluster
 from yellowdog_ray.errors import ClusterStateError, RayDogError
-from yellowdog_ray.local.isolation import Isolation
+from yellowdog_ray.local.isolation import LACKS, Isolation
+from yellowdog_ray.raydog import ports
 from yellowdog_ray.utils._tunnels.forwarder import Forwarder
 
 pytestmark = pytest.mark.ray
@@ -42,6 +46,55 @@ def status_for_another_user(port: int) -> int:
         answer = pipe.read()
     os.waitpid(child, 0)
     return int(answer.split()[1])
+
+
+# Everything is imported before, from where another user may not look.
+_STRANGER = """
+import encodings.idna, http.client, json, os, sys
+import grpc
+host, token, others = sys.argv[1], sys.stdin.read(), json.loads(sys.argv[2])
+grpc.insecure_channel("127.0.0.1:9").close()
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+def rpc(port, method, metadata=()):
+    with grpc.insecure_channel(f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(method)(b"", timeout=10, metadata=metadata)
+        except grpc.RpcError as error:
+            return error.code().name
+    return "OK"
+def page(port, method, path, **headers):
+    connection = http.client.HTTPConnection(host, port, timeout=10)
+    headers["Content-Type"] = "application/json"
+    connection.request(method, path, json.dumps({"entrypoint": "true"}), headers)
+    return connection.getresponse().status
+def all_of(**headers):
+    metadata = [(name.lower(), value) for name, value in headers.items()]
+    return {
+        "gcs": rpc(6379, "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo", metadata),
+        "client": rpc(10001, "/ray.rpc.RayletDriver/KVGet", metadata),
+        "dashboard": page(8265, "GET", "/api/version", **headers),
+        "jobs": page(8265, "POST", "/api/jobs/", **headers),
+        "agent": page(52365, "POST", "/api/job_agent/jobs/", **headers),
+    }
+answers = {"none": all_of(), "wrong": all_of(Authorization="Bearer " + "f" * 64)}
+answers["right"] = all_of(Authorization="Bearer " + token)
+answers["metrics"] = {port: page(port, "GET", "/metrics") for port in others}
+print(json.dumps(answers))
+"""
+
+
+def as_a_stranger(host: str, token: str, *metrics: int) -> dict[str, dict[str, Any]]:
+    """Say what Ray on a head answers to another user of this machine: without a token, and with one."""
+    done = subprocess.run(
+        [sys.executable, "-c", _STRANGER, host, json.dumps(metrics)],
+        input=token, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return answers
 
 
 def run_job(cluster: RayDogCluster) -> str:
@@ -82,6 +135,18 @@ def test_sessions(
     assert not ray.is_initialized()
     assert "the answer is 42" in run_job(cluster)
 
+    # What docs/security.rst says of its ports, for whoever can reach the head.
+    metrics = [ports.AUTOSCALER_METRICS, ports.DASHBOARD_METRICS]
+    if "own-ports" not in LACKS[platform.isolation]:
+        metrics.append(ports.NODE_METRICS)
+    answers = as_a_stranger(str(cluster.head_node_private_ip), str(cluster._token), *metrics)
+    refusal = {"gcs": "UNAUTHENTICATED", "client": "UNAUTHENTICATED"}
+    assert answers["none"] == {**refusal, "dashboard": 401, "jobs": 401, "agent": 401}
+    assert answers["wrong"] == {**refusal, "dashboard": 403, "jobs": 403, "agent": 403}
+    # Without more than a token, the last is a client that has not said who it is.
+    let_in = {"gcs": "OK", "dashboard": 200, "jobs": 200, "agent": 200, "client": "FAILED_PRECONDITION"}
+    assert answers["right"] == let_in
+    assert set(answers["metrics"].values()) == {200}
     # Another process, that has SSH, and does not know the head yet.
     (state_file,) = Path(os.environ["RAYDOG_STATE_DIR"]).glob("*.json")
     access = replace(platform.ssh_access, host_key=None)
