@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -458,9 +459,13 @@ def test_the_next_start_removes_what_a_crash_left(owner: Owner) -> None:
     """When the supervisor is killed together with the owner, the next platform cleans up after both."""
     process, directory, interface, supervisor, groups = owner
     assert running("sleep 1000.432")
+    watcher = os.pidfd_open(supervisor)
     os.kill(supervisor, signal.SIGKILL)
     process.kill()
     process.wait()
+    # On a busy machine it takes its time to die, and holds the directory's lock.
+    assert select.select([watcher], [], [], 15)[0]
+    os.close(watcher)
     assert directory.exists()
 
     with LocalPlatform():
