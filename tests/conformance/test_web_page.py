@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
+import requests
 from yellowdog_client import PlatformClient
 from yellowdog_client.model import (
     ApiKey,
@@ -223,6 +225,43 @@ def test_what_there_is_can_be_walked_through(world: World, reader: Any) -> None:
     reader.find_element("css selector", "nav li:nth-child(5) a").click()
     assert reader.title.startswith("Nodes")
     assert reader.find_element("css selector", "nav [aria-current=page]").text == "Nodes"
+
+
+def test_the_links_of_yellowdog_cli(world: World, reader: Any) -> None:
+    """What `yd` prints, the API's address with a thing's id after the #, leads to the thing's page."""
+    cli = pytest.importorskip("yellowdog_cli.utils.misc_utils")
+    requirement = world.client.compute_client.get_compute_requirement_by_id(world.pool.computeRequirementId)
+    links = [
+        re.search(r"http[^)]+", cli.link_entity(world.platform.url, each))[0]  # type: ignore[index]
+        for each in (world.work, world.pool, requirement)
+    ]
+    assert links[0] == f"{world.platform.url}/#/work/{world.work.id}"
+    pages = [f"work/{world.work.id}", f"pools/{world.pool.id}", f"compute/{requirement.id}"]
+    # Without a session it tells nobody where the pages are, and goes on when there is one.
+    reader.execute_cdp_cmd("Network.clearBrowserCookies", {})
+    reader.get(links[0])
+    time.sleep(0.3)
+    assert "A local platform" in body(reader)
+    assert "raydog local status" in body(reader)
+    assert urlsplit(base(world)).path not in reader.page_source
+    tab = reader.current_window_handle
+    reader.switch_to.new_window("tab")
+    reader.get(world.platform.web_url)
+    until(lambda: reader.title.startswith("Overview"))
+    reader.close()
+    reader.switch_to.window(tab)
+    until(lambda: reader.current_url == f"{base(world)}/{pages[0]}")
+    until(lambda: reader.title.startswith("render"))
+    for link, page in zip(links[1:], pages[1:], strict=True):
+        reader.get(link)
+        until(lambda page=page: reader.current_url == f"{base(world)}/{page}")
+        until(lambda: "workers" in body(reader))
+    reader.get(f"{world.platform.url}/#/elsewhere//127.0.0.1")
+    until(lambda: reader.title.startswith("Overview"))
+    # The API's clients see what they saw.
+    for accept in ("application/json", "*/*"):
+        answer = requests.get(world.platform.url, headers={"Accept": accept}, timeout=5)
+        assert answer.json()["name"] == "RayDog local platform"
 
 
 def test_what_others_wrote_is_only_text(world: World, reader: Any) -> None:

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from yellowdog_ray import LocalPlatform, RayDogCluster
+from yellowdog_ray.local import directory as directory_module
+from yellowdog_ray.local import platform as platform_module
 from yellowdog_ray.local.nodes import Isolation
 
 _numbers = itertools.count(1)
@@ -37,6 +40,19 @@ def platform(request: pytest.FixtureRequest) -> Iterator[LocalPlatform]:
     with LocalPlatform(isolation=request.param) as platform:
         yield platform
     assert platform.leftovers() == []
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The directories that platforms of this process make from now on; others may start meanwhile."""
+    found: list[Path] = []
+
+    def make() -> Path:
+        found.append(directory_module.new_directory())
+        return found[-1]
+
+    monkeypatch.setattr(platform_module, "new_directory", make)
+    return found
 
 
 @pytest.fixture

@@ -43,13 +43,12 @@ from yellowdog_ray.errors import LocalPlatformError
 from yellowdog_ray.local import history
 from yellowdog_ray.local import server as server_module
 from yellowdog_ray.local.account import LocalAccount
+from yellowdog_ray.local.belonging import processes_of
 from yellowdog_ray.local.history import WAS_KILLED, WAS_STOPPED
 from yellowdog_ray.local.home import Home
-from yellowdog_ray.local.linux import processes_with
 from yellowdog_ray.local.nodes import Isolation
 from yellowdog_ray.local.scheduler import Scheduler
 from yellowdog_ray.local.server import Kept
-from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.raydog.journal import find_states
 
 from .conftest import kinds
@@ -115,7 +114,7 @@ def supervisors(account: LocalAccount) -> list[int]:
 
 def nothing_runs(account: LocalAccount) -> bool:
     return not (
-        processes_with(NODE_FILES, account.directory)
+        processes_of(account.directory)
         or supervisors(account)
         or Path(account.directory).exists()
         or (account.interface and Path("/sys/class/net", account.interface).exists())
@@ -201,7 +200,9 @@ def written(command: Command, kind: str) -> dict[str, int]:
 
 def test_status_removes_what_a_kill_left(command: Command) -> None:
     """Where the platform was killed with its supervisor, `status` removes what is left, state files too."""
-    command.start()
+    # Without privileges on plain processes: no kernel ends those, and Ray's own hide their environment.
+    kind = Isolation.NAMESPACES if os.geteuid() == 0 else Isolation.PROCESSES
+    command.start("--isolation", kind.value)
     account = LocalPlatform.connect()
     with sdk(account) as client:
         lab = Lab(account, client)  # type: ignore[arg-type]
@@ -219,6 +220,9 @@ def test_status_removes_what_a_kill_left(command: Command) -> None:
     )
     cluster.build()
     assert find_states(states)
+    if kind is Isolation.PROCESSES:
+        # Ray's own agents start after its head.
+        until(lambda: [pid for pid in working_below(account.directory) if _renamed(pid)], timeout=60)
     for pid in supervisors(account):
         # The kernel ends the second when the first has ended.
         with contextlib.suppress(ProcessLookupError):
@@ -233,7 +237,22 @@ def test_status_removes_what_a_kill_left(command: Command) -> None:
     }
 
     assert nothing_runs(account)
+    assert working_below(account.directory) == []
     assert find_states(states) == []
+
+
+def _renamed(pid: int) -> bool:
+    return _bytes(Path(f"/proc/{pid}/cmdline")).startswith(b"ray::")
+
+
+def working_below(directory: str) -> list[int]:
+    """List the processes whose working directory is, or was, below a directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "cwd").startswith(f"{directory}/"):
+                found.append(int(process.name))
+    return found
 
 
 def test_two_starts_at_once_start_one(command: Command) -> None:
@@ -242,7 +261,7 @@ def test_two_starts_at_once_start_one(command: Command) -> None:
     outputs = {process.communicate(timeout=120)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0, 0]
     assert len(outputs) == 1
-    assert processes_of(command) == [LocalPlatform.connect().pid]
+    assert platforms_of(command) == [LocalPlatform.connect().pid]
 
 
 def _bytes(path: Path) -> bytes:
@@ -381,10 +400,10 @@ def test_a_start_that_is_terminated_leaves_nothing(command: Command) -> None:
     out, _ = start.communicate(timeout=30)
     os.kill(platform, signal.SIGCONT)
     assert (start.returncode, out) == (143, "")
-    until(lambda: not processes_of(command))
+    until(lambda: not platforms_of(command))
 
 
-def processes_of(command: Command) -> list[int]:
+def platforms_of(command: Command) -> list[int]:
     """List the processes of platforms that the command has started."""
     return [
         int(entry.name)

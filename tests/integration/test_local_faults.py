@@ -24,9 +24,9 @@ from yellowdog_ray.errors import LocalPlatformError
 from yellowdog_ray.local import directory as directory_module
 from yellowdog_ray.local import nodes as nodes_module
 from yellowdog_ray.local import server as server_module
-from yellowdog_ray.local.linux import processes_with, remove_tree
+from yellowdog_ray.local.belonging import NODE_FILES, processes_of
+from yellowdog_ray.local.linux import remove_tree
 from yellowdog_ray.local.nodes import Isolation
-from yellowdog_ray.local.supervisor import NODE_FILES
 
 from .conftest import kinds
 from .test_local_platform import Lab, until
@@ -63,7 +63,7 @@ def test_a_killed_agent_takes_its_node_along(kind: Isolation) -> None:
         lab.reached(task_id, TaskStatus.FAILED)
         node = lab.client.worker_pool_client.get_node_by_id(str(task.nodeId))
         assert node.status == NodeStatus.LOST
-        until(lambda: task_process not in processes_with(NODE_FILES, directory))
+        until(lambda: task_process not in processes_of(directory))
         assert len(lab.platform.nodes()) == 1
         # The other node is none the worse for it.
         (again,) = lab.submit("exit 0")
@@ -72,7 +72,7 @@ def test_a_killed_agent_takes_its_node_along(kind: Isolation) -> None:
 
 def _bash_of(directory: str) -> list[int]:
     found = []
-    for pid in processes_with(NODE_FILES, directory):
+    for pid in processes_of(directory):
         with contextlib.suppress(OSError):
             if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"/bin/bash\0taskdata.txt"):
                 found.append(pid)
@@ -122,7 +122,7 @@ def test_platforms_that_start_at_once(kind: Isolation) -> None:
             assert platform.leftovers() == []
 
 
-def test_an_interrupted_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch, made: list[Path]) -> None:
     """Ctrl-C while the platform starts ends what was started."""
 
     def interrupt(*_: object) -> None:
@@ -134,10 +134,10 @@ def test_an_interrupted_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) ->
         platform.start()
     assert platform.leftovers() == []
     monkeypatch.setattr(nodes_module, "require_ssh", interrupt)
-    before = set(Path("/tmp").glob("raydog-local-*"))
     with pytest.raises(KeyboardInterrupt):
         LocalPlatform().start()
-    assert set(Path("/tmp").glob("raydog-local-*")) == before
+    assert len(made) == 2
+    assert not any(each.exists() for each in made)
 
 
 def test_an_interrupted_close_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +204,8 @@ def test_only_a_platforms_own_processes_are_its_own(tmp_path: Path) -> None:
         for name, environment in commands.items()
     }
     try:
-        until(lambda: processes_with(NODE_FILES, directory))
-        assert processes_with(NODE_FILES, directory) == [processes["ours"].pid]
+        until(lambda: processes_of(directory))
+        assert processes_of(directory) == [processes["ours"].pid]
     finally:
         for process in processes.values():
             process.communicate(b"\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -34,10 +36,9 @@ from yellowdog_client.model import (
 from tests.browser import PageReader
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
+from yellowdog_ray.local.belonging import processes_of
 from yellowdog_ray.local.isolation import LACKS, Isolation
-from yellowdog_ray.local.linux import processes_with
 from yellowdog_ray.local.node_ssh import find_sshd
-from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.local.template import NodeTemplate
 
 from .conftest import kinds
@@ -140,6 +141,22 @@ def until(look: Callable[[], Any], timeout: float = 15) -> Any:
     while not (found := look()):
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
+    return found
+
+
+def stray(seconds: str) -> str:
+    """Return a line of a script that starts a `sleep` in whose process nothing tells of its node."""
+    return f"(cd / && exec env -i setsid sleep {seconds} < /dev/null > /dev/null 2>&1) &"
+
+
+def running(command: str) -> list[int]:
+    """List the processes with a command line, whosoever they are."""
+    wanted = command.replace(" ", "\0").encode() + b"\0"
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes() == wanted:
+                found.append(int(process.name))
     return found
 
 
@@ -383,7 +400,7 @@ work = client.work_client.add_work_requirement(WorkRequirement(namespace="local"
     TaskGroup("group", RunSpecification(taskTypes=["bash"], workerTags=["owned"]))]))
 (task,) = client.work_client.add_tasks_to_task_group(work.taskGroups[0], [
     Task(name="task", taskType="bash", arguments=["taskdata.txt"],
-         taskData="setsid sleep 1000 & sleep 1000")])
+         taskData=sys.argv[2] + "\\nsetsid sleep 1000 & sleep 1000")])
 while client.work_client.get_task_by_id(task.id).status != TaskStatus.EXECUTING:
     time.sleep(0.05)
 time.sleep(0.3)
@@ -408,7 +425,9 @@ class Owner(NamedTuple):
 def owner(request: pytest.FixtureRequest) -> Iterator[Owner]:
     """A process that owns a platform with a node on which a task runs."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _OWNER, request.param.value], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _OWNER, request.param.value, stray("1000.432")],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout
     directory, interface, supervisor, groups = json.loads(process.stdout.readline())
@@ -418,13 +437,14 @@ def owner(request: pytest.FixtureRequest) -> Iterator[Owner]:
 
 
 def _sleepers(directory: Path) -> list[int]:
-    return processes_with(NODE_FILES, str(directory))
+    return [*processes_of(str(directory)), *running("sleep 1000.432")]
 
 
 def test_the_platform_ends_with_its_owner(owner: Owner) -> None:
     """When the owner is killed, nodes, tasks, interface, control groups and directory go within seconds."""
     process, directory, interface, _, groups = owner
-    assert _sleepers(directory)
+    assert processes_of(str(directory))
+    assert running("sleep 1000.432")
     assert all(Path(group).exists() for group in groups)
 
     process.kill()
@@ -438,9 +458,14 @@ def test_the_platform_ends_with_its_owner(owner: Owner) -> None:
 def test_the_next_start_removes_what_a_crash_left(owner: Owner) -> None:
     """When the supervisor is killed together with the owner, the next platform cleans up after both."""
     process, directory, interface, supervisor, groups = owner
+    assert running("sleep 1000.432")
+    watcher = os.pidfd_open(supervisor)
     os.kill(supervisor, signal.SIGKILL)
     process.kill()
     process.wait()
+    # On a busy machine it takes its time to die, and holds the directory's lock.
+    assert select.select([watcher], [], [], 15)[0]
+    os.close(watcher)
     assert directory.exists()
 
     with LocalPlatform():
@@ -492,7 +517,7 @@ def test_a_taken_port_is_named() -> None:
             LocalPlatform(port=port).start()
 
 
-def test_plain_processes_need_rays_ports() -> None:
+def test_plain_processes_need_rays_ports(made: list[Path]) -> None:
     """Plain processes share the machine's ports; a taken one is named before anything is created."""
     import socket
 
@@ -500,10 +525,10 @@ def test_plain_processes_need_rays_ports() -> None:
         squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         squatter.bind(("0.0.0.0", 6379))
         squatter.listen()
-        before = set(Path("/tmp").glob("raydog-local-*"))
         with pytest.raises(LocalPlatformError, match="6379"):
             LocalPlatform(isolation="processes").start()
-        assert set(Path("/tmp").glob("raydog-local-*")) == before
+        assert len(made) == 1
+        assert not made[0].exists()
 
 
 def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

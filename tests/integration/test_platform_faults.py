@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import requests
@@ -25,12 +24,11 @@ from yellowdog_client.model import (
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import ClusterStateError
 from yellowdog_ray.local import Fault
-from yellowdog_ray.local.linux import processes_with
+from yellowdog_ray.local.belonging import processes_of
 from yellowdog_ray.local.nodes import Isolation
-from yellowdog_ray.local.supervisor import NODE_FILES
 
 from .conftest import kinds
-from .test_local_platform import until
+from .test_local_platform import running, stray, until
 
 
 class Lab:
@@ -102,17 +100,19 @@ def lab(request: pytest.FixtureRequest, platform: LocalPlatform, client: Platfor
 
 def test_a_lost_node_is_healed(lab: Lab) -> None:
     """A node that dies takes its processes along without a word; its task runs again on another one."""
-    task_id = lab.submit("trap 'echo warned' TERM\nsleep 1000 & wait", retries=1)
+    task_id = lab.submit(f"trap 'echo warned' TERM\n{stray('1000.765')}\nsleep 1000 & wait", retries=1)
     doomed = str(lab.reached(task_id, TaskStatus.EXECUTING).nodeId)
-    before = set(processes_with(NODE_FILES, lab.platform.directory))
+    (first,) = until(lambda: running("sleep 1000.765"))
+    before = set(processes_of(lab.platform.directory))
     (instance,) = lab.platform.faults.lose_node(doomed, reason="lightning")
     task = lab.reached(task_id, TaskStatus.EXECUTING, attempt=2)
     assert (lab.node(doomed), str(task.nodeId) != doomed) == ("LOST", True)
     assert instance not in lab.platform.nodes()
     (error,) = task.errors
     assert (error.errorType, error.error.endswith("lightning")) == ("ALLOCATION_LOST", True)
-    after = set(processes_with(NODE_FILES, lab.platform.directory))
+    after = set(processes_of(lab.platform.directory))
     assert before - after
+    until(lambda: first not in running("sleep 1000.765"))
 
 
 def test_a_preempted_node_is_warned(lab: Lab) -> None:
@@ -141,24 +141,13 @@ def test_a_killed_task_has_failed_with_137(lab: Lab) -> None:
     """A task whose process is killed fails with 137 on a node that lives on, with all that it started."""
     task_id = lab.submit("sleep 1234567 & echo $!; wait")
     task = lab.reached(task_id, TaskStatus.EXECUTING)
-    until(lambda: _running("sleep 1234567"))
+    until(lambda: running("sleep 1234567"))
     assert lab.platform.faults.kill_task("task") == [task_id]
     (error,) = lab.reached(task_id, TaskStatus.FAILED).errors
     assert error.processExitCode == 137
     assert lab.node(str(task.nodeId)) == "RUNNING"
-    until(lambda: not _running("sleep 1234567"))
+    until(lambda: not running("sleep 1234567"))
     lab.reached(lab.submit("exit 0"), TaskStatus.COMPLETED)
-
-
-def _running(command: str) -> bool:
-    wanted = command.replace(" ", "\0").encode() + b"\0"
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if process.read_bytes() == wanted:
-                return True
-        except OSError:
-            continue
-    return False
 
 
 def test_provisioning_goes_wrong(platform: LocalPlatform, client: PlatformClient) -> None:

@@ -23,57 +23,66 @@ from tests.integration.conftest import kinds
 from tests.ssh_fixtures import eventually
 from yellowdog_ray import LocalPlatform, RayDogCluster, RayTunnels
 from yellowdog_ray.errors import ClusterStateError, RayDogError
-from yellowdog_ray.local.isolation import Isolation
-from yellowdog_ray.local.linux import processes_with
-from yellowdog_ray.local.supervisor import NODE_FILES
-from yellowdog_ray.raydog.ports import CLIENT, DASHBOARD, GCS
+from yellowdog_ray.local.belonging import processes_of
+from yellowdog_ray.local.isolation import LACKS, Isolation
+from yellowdog_ray.raydog.ports import (
+    AGENT,
+    AUTOSCALER_METRICS,
+    CLIENT,
+    DASHBOARD,
+    DASHBOARD_METRICS,
+    GCS,
+    NODE_METRICS,
+)
 from yellowdog_ray.utils._tunnels.forwarder import Forwarder
 
 pytestmark = pytest.mark.ray
 
 
-# Another user of this machine, where this one may become one. All of Python is loaded before, as that user
-# may not be able to read it.
+# Another user of this machine, where this one may become one. Everything is imported before, from where that
+# user may not look.
 STRANGER = """
 import encodings.idna, http.client, json, os, sys
-import grpc, grpc._channel
+import grpc
 given = json.load(sys.stdin)
+grpc.insecure_channel("127.0.0.1:9").close()
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
-said = {"jobs": []}
-for token in given["tokens"]:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    connection = http.client.HTTPConnection("127.0.0.1", given["dashboard"], timeout=10)
-    connection.request("POST", "/api/jobs/", '{"entrypoint": "id", "job_id": "stranger"}', headers)
-    said["jobs"].append(connection.getresponse().status)
-    connection.close()
-for method, port in given["methods"].items():
-    codes = said[method] = []
-    for token in given["tokens"] + given["right"]:
-        metadata = [] if token is None else [("authorization", f"Bearer {token}")]
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            try:
-                channel.unary_unary(method)(b"", timeout=10, metadata=metadata)
-                codes.append("OK")
-            except grpc.RpcError as error:
-                codes.append(error.code().name)
-print(json.dumps(said))
+def rpc(port, method, metadata=()):
+    target, options = f"{given['host']}:{port}", [("grpc.enable_http_proxy", 0)]
+    with grpc.insecure_channel(target, options=options) as channel:
+        try:
+            channel.unary_unary(method)(b"", timeout=10, metadata=metadata)
+        except grpc.RpcError as error:
+            return error.code().name
+    return "OK"
+def page(port, method, path, **headers):
+    connection = http.client.HTTPConnection(given["host"], port, timeout=10)
+    headers["Content-Type"] = "application/json"
+    connection.request(method, path, json.dumps({"entrypoint": "true"}), headers)
+    return connection.getresponse().status
+def all_of(**headers):
+    metadata = [(name.lower(), value) for name, value in headers.items()]
+    ask = {
+        "gcs": lambda port: rpc(port, "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo", metadata),
+        "client": lambda port: rpc(port, "/ray.rpc.RayletDriver/KVGet", metadata),
+        "dashboard": lambda port: page(port, "GET", "/api/version", **headers),
+        "jobs": lambda port: page(port, "POST", "/api/jobs/", **headers),
+        "agent": lambda port: page(port, "POST", "/api/job_agent/jobs/", **headers),
+    }
+    return {name: ask[name](port) for name, port in given["ports"].items()}
+answers = {"none": all_of(), "wrong": all_of(Authorization="Bearer " + "f" * 64)}
+answers["right"] = all_of(Authorization="Bearer " + given["token"])
+answers["metrics"] = {port: page(port, "GET", "/metrics") for port in given["metrics"]}
+print(json.dumps(answers))
 """
 
 
-def check_strangers(ports: dict[int, int], token: str) -> None:
-    """Check that without the right token nobody gets anything from the dashboard, Ray Client and the GCS.
-
-    :param ports: local ones, by those of the head.
-    """
-    methods = {
-        "/ray.rpc.RayletDriver/ClusterInfo": ports[CLIENT],
-        "/ray.rpc.InternalKVGcsService/InternalKVGet": ports[GCS],
-        "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo": ports[GCS],
-    }
-    given = {"dashboard": ports[DASHBOARD], "methods": methods, "tokens": [None, "f" * 64], "right": [token]}
+def check_strangers(host: str, ports: dict[str, int], token: str, *metrics: int) -> None:
+    """Check what Ray on a head answers to another user of this machine: without a token, and with one."""
+    given = {"host": host, "ports": ports, "token": token, "metrics": metrics}
     done = subprocess.run(
         [sys.executable, "-c", STRANGER],
         env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -84,12 +93,17 @@ def check_strangers(ports: dict[int, int], token: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said.pop("jobs") == [401, 403]
-    assert list(said) == list(methods)
-    for codes in said.values():
-        assert codes[:2] == ["UNAUTHENTICATED", "UNAUTHENTICATED"]
-        assert codes[2] != "UNAUTHENTICATED"  # so that it is the token that makes the difference
+    answers = json.loads(done.stdout)
+    refusal = {"gcs": "UNAUTHENTICATED", "client": "UNAUTHENTICATED"}
+    # Without more than a token, the client is one that has not said who it is.
+    let_in = {"gcs": "OK", "dashboard": 200, "jobs": 200, "agent": 200, "client": "FAILED_PRECONDITION"}
+    for who, expected in (
+        ("none", {**refusal, "dashboard": 401, "jobs": 401, "agent": 401}),
+        ("wrong", {**refusal, "dashboard": 403, "jobs": 403, "agent": 403}),
+        ("right", let_in),
+    ):
+        assert answers[who] == {name: expected[name] for name in ports}
+    assert answers["metrics"] == {str(port): 200 for port in metrics}
 
 
 def run_job(cluster: RayDogCluster) -> str:
@@ -130,6 +144,13 @@ def test_sessions(
     assert not ray.is_initialized()
     assert "the answer is 42" in run_job(cluster)
 
+    # What docs/security.rst says of its ports, for whoever can reach the head.
+    metrics = [AUTOSCALER_METRICS, DASHBOARD_METRICS]
+    if "own-ports" not in LACKS[platform.isolation]:
+        metrics.append(NODE_METRICS)
+    ports = {"gcs": GCS, "client": CLIENT, "dashboard": DASHBOARD, "jobs": DASHBOARD, "agent": AGENT}
+    check_strangers(str(cluster.head_node_private_ip), ports, str(cluster._token), *metrics)
+
     # Another process, that has SSH, and does not know the head yet.
     (state_file,) = Path(os.environ["RAYDOG_STATE_DIR"]).glob("*.json")
     access = replace(platform.ssh_access, host_key=None)
@@ -154,7 +175,8 @@ def test_sessions(
     with over_ssh.tunnels(specs, local_port="auto") as tunnels:
         tunnels.wait_for_ray(30)
         assert tunnels.client_address is not None
-        check_strangers(tunnels.ports, str(over_ssh._ray_token()))
+        local = {name: tunnels.ports[port] for name, port in ports.items() if port in tunnels.ports}
+        check_strangers("127.0.0.1", local, str(over_ssh._ray_token()))
         assert over_ssh.use_ray_auth()
         ray.init(tunnels.client_address, logging_level="ERROR")
         try:
@@ -200,7 +222,7 @@ def test_sessions(
 def networks(platform: LocalPlatform) -> dict[str, int]:
     """The networks of a platform's nodes, where they have their own, each with a process that is in it."""
     found = {}
-    for pid in processes_with(NODE_FILES, platform.directory):
+    for pid in processes_of(platform.directory):
         with contextlib.suppress(OSError):
             found[os.readlink(f"/proc/{pid}/ns/net")] = pid
     found.pop(os.readlink("/proc/self/ns/net"), None)

@@ -37,6 +37,8 @@ def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         ("--template", "local/big=2,x", "'local/big=2,x'; it is NAME=CPUS,GIB"),
         ("--template", "local/big=0,1", "vcpus of a node must be a positive number"),
         ("--template", "big=2,1", "namespace/name, not 'big'"),
+        ("--template", "Local/Big Node=2,1", "'Local/Big Node', 'Local' is not a valid name"),
+        ("--template", "local/big=2,1", "--template local/big is given twice"),
         ("--name", "../x", "'../x'"),
     ],
 )
@@ -50,7 +52,9 @@ def test_local_start_refuses_what_cannot_work(
 ) -> None:
     """Options of `raydog local start` that cannot work are wrong usage, in JSON too, and nothing is made."""
     monkeypatch.setenv("RAYDOG_LOCAL_DIR", str(tmp_path / "local"))
-    assert main(["local", "start", "--json", option, value]) == 2
+    # A template that is given twice says what two given once do not.
+    options = [option, value] * (2 if said.endswith("twice") else 1)
+    assert main(["local", "start", "--json", *options]) == 2
     printed = capsys.readouterr()
     answer = json.loads(printed.out)
     assert answer["name"] == (value if option == "--name" else "default")

@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from yellowdog_ray import LocalPlatform
 from yellowdog_ray.errors import LocalPlatformError, SpecError
+from yellowdog_ray.local.belonging import NODE_FILES
+from yellowdog_ray.local.control_plane import DEFAULT_TEMPLATE, LocalControlPlane
 from yellowdog_ray.local.daemon import Options, _make
+from yellowdog_ray.local.directory import hold, new_directory
 from yellowdog_ray.local.home import Home
+from yellowdog_ray.local.launch import tidy
 from yellowdog_ray.local.node_ssh import SSHIdentity
 from yellowdog_ray.local.server import Kept, bind_loopback
 from yellowdog_ray.local.template import NodeTemplate
@@ -101,6 +107,39 @@ DAMAGED = {
 }
 
 
+def test_that_a_key_could_be_read_is_remembered(home: Home) -> None:
+    """A key that others could read while it was used is not kept, though the end makes the file private."""
+    home.write({**GOOD, "pid": 7})
+    home.file.chmod(0o644)
+    home.note({**GOOD, "pid": 7, "ending": True})
+    home.note({**GOOD, "pid": None})
+    assert home.file.stat().st_mode & 0o077 == 0
+    renewed = _make(home, Options(keep_key=True))
+    assert renewed.key_id != GOOD["key_id"]
+    assert renewed._kept.control_token is None  # type: ignore[union-attr]
+    # One that was killed is written down as such before anybody looks.
+    home.write({**GOOD, "pid": 7})
+    assert _make(home, Options(keep_key=True)).key_id == GOOD["key_id"]
+    home.file.chmod(0o640)
+    assert home.clean_up() == []
+    assert _make(home, Options(keep_key=True)).key_id != GOOD["key_id"]
+
+
+def test_what_a_killed_start_left_is_removed(home: Home) -> None:
+    """What a first start made that was killed before anything was written down of it does not stay."""
+    directory = new_directory()
+    os.close(hold(directory))
+    environment = {NODE_FILES: str(directory / "n2")}
+    process = subprocess.Popen(["sleep", "1000"], env=environment)
+    try:
+        assert tidy(home) == []
+        assert process.wait(5) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+    assert not directory.exists()
+
+
 @pytest.mark.parametrize("what", DAMAGED)
 def test_a_damaged_file_counts_as_none(home: Home, what: str, caplog: pytest.LogCaptureFixture) -> None:
     """Where no platform runs, a file that is damaged or incomplete is passed over, with a warning."""
@@ -176,7 +215,14 @@ def test_what_it_goes_on_with(home: Home, caplog: pytest.LogCaptureFixture) -> N
         {"port": 99_999},
         {"isolation": "none"},
         {"templates": {"big": NodeTemplate()}},
+        {"port": "80"},
+        {"port": True},
         {"templates": {"/": NodeTemplate()}},
+        {"templates": {"Local/Big Node": NodeTemplate()}},
+        {"templates": {"local/x" * 10: NodeTemplate()}},
+        {"templates": {}},
+        {"templates": ["local/big"]},
+        {"templates": {"local/big": {"vcpus": 1, "ram": 1}}},
     ],
     ids=str,
 )
@@ -184,6 +230,17 @@ def test_options_that_cannot_work(wrong: dict[str, Any]) -> None:
     """Options are refused before anything is started."""
     with pytest.raises(SpecError):
         Options(**wrong)
+
+
+def test_arguments_that_cannot_work() -> None:
+    """So are arguments, by name."""
+    with pytest.raises(SpecError, match="limits"):
+        LocalPlatform(limits="yes")  # type: ignore[arg-type]
+    for port in (70_000, -1, "80"):
+        with pytest.raises(SpecError, match=f"TCP port: {port!r}"):
+            LocalControlPlane(port=port)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="'Big Node' is not a valid name"):
+        LocalControlPlane(templates=[replace(DEFAULT_TEMPLATE, name="Big Node")])
 
 
 def test_a_full_disk_is_called_by_its_name(tmp_path: Path, home: Home) -> None:

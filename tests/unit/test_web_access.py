@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import subprocess
 import sys
 import time
@@ -243,11 +244,15 @@ def test_nothing_of_it_is_loaded_before_it_is_opened() -> None:
 
 
 def test_the_package_has_its_files() -> None:
-    """The style, the script and the templates are there, and the first two ask nobody else for anything."""
+    """The style, the script and the templates are there, and the first ask nobody else for anything."""
     import yellowdog_ray.local.webpage as package
 
     directory = Path(package.__file__).parent
-    assert {path.name for path in (directory / "static").iterdir()} == {"page.css", "page.js", "icon.svg"}
-    for path in (directory / "static").glob("page.*"):
-        assert "http" not in path.read_text()
-    assert "innerHTML" not in (directory / "static" / "page.js").read_text()
+    assert {path.name for path in (directory / "static").iterdir()} == {
+        "icon.svg",
+        "lead.js",
+        "page.css",
+        "page.js",
+    }
+    for path in (directory / "static").glob("*.[cj]s*"):
+        assert not {"http", "innerHTML"} & set(re.findall(r"\w+", path.read_text()))

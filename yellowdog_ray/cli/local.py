@@ -52,7 +52,7 @@ def _start(home: Home, options: argparse.Namespace, output: Output) -> int:
         isolation=options.isolation,
         keep_key=options.keep_key,
         forget=options.forget,
-        templates=dict(_template(text) for text in options.template) or None,
+        templates=_templates(options.template),
     )
     quiet: bool = options.quiet
     began = time.monotonic()
@@ -80,6 +80,15 @@ def _start(home: Home, options: argparse.Namespace, output: Output) -> int:
         )
     _write_account(account, output, quiet)
     return DONE
+
+
+def _templates(texts: list[str]) -> dict[str, NodeTemplate] | None:
+    templates: dict[str, NodeTemplate] = {}
+    for name, template in map(_template, texts):
+        if name in templates:
+            raise SpecError(f"--template {name} is given twice")
+        templates[name] = template
+    return templates or None
 
 
 def _template(text: str) -> tuple[str, NodeTemplate]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from yellowdog_ray.local import linux
+from yellowdog_ray.local.belonging import end_all
 from yellowdog_ray.local.cgroups import NodeGroup, enter
 from yellowdog_ray.local.protocol import Channel, Closed, Loop
 
@@ -98,7 +99,7 @@ class Agent:
             while True:
                 self._loop.run_once(task.kill_at for task in self._tasks.values())
                 self._kill_overdue()
-        self._end_all()
+        end_all(lambda: linux.descendants(os.getpid()), 5)
 
     def _obey(self) -> None:
         for message in self._channel.receive():
@@ -230,22 +231,6 @@ class Agent:
         os.close(read_end)
         for listener in self._listeners:
             listener.close()
-
-    # The end
-
-    def _end_all(self) -> None:
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            pids = linux.descendants(os.getpid())
-            if not pids:
-                return
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            time.sleep(0.01)
 
 
 def _spawn(

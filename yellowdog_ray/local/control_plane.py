@@ -29,6 +29,7 @@ import uvicorn
 
 from yellowdog_ray.errors import ClusterStateError, SpecError
 from yellowdog_ray.local.api import create_app
+from yellowdog_ray.local.arguments import check_port, check_template_name
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.clock import Timers, VirtualClock
 from yellowdog_ray.local.control_port import ControlPort, read_fault, running
@@ -86,7 +87,7 @@ class LocalControlPlane:
         platform and its machines do later. Calls are answered and tasks given out without it. What is
         done to requests (``latency``, and the seconds of a :class:`~yellowdog_ray.local.faults.Fault` that
         hangs or comes late) goes by the machine's clock as ever.
-    :raises SpecError: when there is no such clock, or a number cannot be.
+    :raises SpecError: when there is no such clock, or a number or a template's name cannot be.
     """
 
     core: ControlPlane
@@ -114,6 +115,8 @@ class LocalControlPlane:
         delays = {"boot_delay": boot_delay, "start_delay": start_delay, "stop_delay": stop_delay}
         for name, value in {**delays, "latency": latency}.items():
             number(name, value)
+        for template in templates:
+            check_template_name(f"{template.namespace}/{template.name}")
         self._virtual = clock == "virtual"
         self._clock: VirtualClock | None = None
         self.key_id = key_id or str(uuid.uuid4())
@@ -125,7 +128,7 @@ class LocalControlPlane:
         self._delays = (boot_delay, start_delay, stop_delay)
         self._fail_boot = fail_boot
         self._latency = latency
-        self._port = port
+        self._port = check_port(port, 0)
         self._thread: threading.Thread | None = None
 
     @property

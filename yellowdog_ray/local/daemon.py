@@ -130,7 +130,7 @@ def _make(home: Home, options: Options) -> LocalPlatform:
     """Make the platform, with the ports, the node sizes and, where it is to keep it, the key from before."""
     known = home.read()
     keep_key = options.keep_key and bool(known)
-    if keep_key and home.file.stat().st_mode & 0o077:
+    if keep_key and home.exposed():
         _log.warning("%s could be read by other users: the platform gets a new key", home.file)
         keep_key = False
     port = options.port

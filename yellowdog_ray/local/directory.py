@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+from yellowdog_ray.local.belonging import end_all, processes_of
 from yellowdog_ray.local.cgroups import remove_all
-from yellowdog_ray.local.linux import processes_with, remove_tree
-from yellowdog_ray.local.supervisor import NODE_FILES
+from yellowdog_ray.local.linux import remove_tree
 
 __all__ = ["DIRECTORY_HOME", "hold", "keep_from_ageing", "new_directory", "remove_leftovers"]
 
 _DIRECTORY_PREFIX = "raydog-local-"
 # Not TMPDIR: the names of Ray's sockets below it must fit into 107 bytes.
 DIRECTORY_HOME = "/tmp"  # noqa: S108
+_END_SECONDS = 5.0
 
 
 def new_directory() -> Path:
@@ -37,8 +38,7 @@ def remove_leftovers() -> None:
         with contextlib.suppress(OSError):
             if directory.lstat().st_uid != os.geteuid() or not _is_abandoned(directory):
                 continue
-            for pid in processes_with(NODE_FILES, str(directory)):
-                os.kill(pid, signal.SIGKILL)
+            end_all(partial(processes_of, str(directory)), _END_SECONDS)
             remove_all(directory)
             remove_tree(directory)
 

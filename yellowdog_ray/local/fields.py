@@ -44,7 +44,7 @@ def _finite(value: float) -> bool:
 
 def check_name(what: str, name: str) -> str:
     """Return a name that follows YellowDog's rule, else refuse it."""
-    if len(name) > MAX_NAME or not _NAME.match(name):
+    if len(name) > MAX_NAME or not _NAME.fullmatch(name):
         raise RefusedError.invalid(
             f"{what} {name!r} is not a valid name: it must match {_NAME.pattern} "
             f"and be at most {MAX_NAME} characters long"

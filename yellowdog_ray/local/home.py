@@ -24,12 +24,11 @@ from platformdirs import user_state_path
 
 from yellowdog_ray.errors import LocalPlatformError, SpecError
 from yellowdog_ray.local.account import ANSWER_SECONDS, LocalAccount
+from yellowdog_ray.local.belonging import processes_of
 from yellowdog_ray.local.directory import remove_leftovers
-from yellowdog_ray.local.linux import processes_with
 from yellowdog_ray.local.platform import forget_clusters
 from yellowdog_ray.local.records import from_plain
 from yellowdog_ray.local.server import bind_loopback
-from yellowdog_ray.local.supervisor import NODE_FILES
 from yellowdog_ray.local.template import NodeTemplate
 from yellowdog_ray.utils._files import write_private
 
@@ -48,6 +47,7 @@ _ABSENT: Mapping[str, Any] = {
     "control_token": "",
     "description": "",
     "ending": False,
+    "exposed": False,
     "interface": "",
     "templates": {},
 }
@@ -183,15 +183,27 @@ class Home:
             raise ValueError(str(error)) from error
 
     def write(self, known: dict[str, Any]) -> None:
-        """Write it down, for this user only."""
+        """Write it down, for this user only, with a key that nobody else can have read so far."""
+        self._write({**known, "exposed": False})
+
+    def _write(self, known: dict[str, Any]) -> None:
         write_private(self.file, json.dumps({"version": _VERSION, **known}, indent=2).encode())
 
     def note(self, known: dict[str, Any]) -> None:
         """Write it down where that can be done; a full disk keeps nothing from ending."""
         try:
-            self.write(known)
+            # Afterwards the file no longer shows it.
+            self._write({**known, "exposed": self.exposed()})
         except OSError as error:
             _log.warning("It is not written down that the local platform %r has ended: %s", self.name, error)
+
+    def exposed(self) -> bool:
+        """Tell whether others could read the file, now or before it was last written to."""
+        try:
+            open_to_others = bool(self.file.stat().st_mode & 0o077)
+        except FileNotFoundError:
+            return False
+        return open_to_others or bool(self.read().get("exposed"))
 
     def account(self, patience: float = ANSWER_SECONDS) -> LocalAccount | None:
         """Return what a client needs; None where the platform does not run.
@@ -233,8 +245,12 @@ class Home:
         That is done when this returns, which it does after 15 s at the most.
         """
         with self.lock() as locked:
+            if locked is None:
+                return []
+            # Of a start that was killed early, nothing is written down.
             known = self.read()
-            if locked is None or known.get("pid") is None:
+            if known.get("pid") is None:
+                remove_leftovers()
                 return []
             found = left_of(known)
             deadline = time.monotonic() + _CLEAN_SECONDS
@@ -262,7 +278,12 @@ def _checked(known: Any) -> dict[str, Any]:
         raise ValueError("it is no JSON object")
     if known.get("version") != _VERSION:
         raise ValueError(f"it is of version {known.get('version')!r}, and not of {_VERSION}")
-    hints = {**get_type_hints(LocalAccount), "ending": bool, "templates": Mapping[str, NodeTemplate]}
+    hints = {
+        **get_type_hints(LocalAccount),
+        "ending": bool,
+        "exposed": bool,
+        "templates": Mapping[str, NodeTemplate],
+    }
     # None says that it has ended.
     hints["pid"] = int | None
     known = {**_ABSENT, **known}
@@ -287,7 +308,7 @@ def _checked(known: Any) -> dict[str, Any]:
 def left_of(known: dict[str, Any]) -> list[str]:
     """List what is still there of a platform that was written down: processes, a directory, an interface."""
     directory, interface = known["directory"], known["interface"]
-    left = [f"process {pid}" for pid in processes_with(NODE_FILES, directory)]
+    left = [f"process {pid}" for pid in processes_of(directory)]
     if os.path.exists(directory):
         left.append(f"directory {directory}")
     if interface and os.path.exists(f"/sys/class/net/{interface}"):

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import stat
+from collections.abc import Container
 from pathlib import Path
 
 CLONE_NEWNS = 0x00020000
@@ -141,9 +142,9 @@ def _make_place(path: str, *, is_directory: bool) -> None:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
-def descendants(pid: int) -> list[int]:
-    """List the living descendants of a process, children before grandchildren."""
-    children: dict[int, list[int]] = {}
+def children() -> dict[int, list[int]]:
+    """List the living children of every process that has some."""
+    found: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError, IndexError, ValueError):
@@ -151,31 +152,21 @@ def descendants(pid: int) -> list[int]:
                 # The command's name may hold blanks and brackets; what follows the last bracket is fixed.
                 state, parent = stat.rpartition(")")[2].split()[:2]
                 if state != "Z":
-                    children.setdefault(int(parent), []).append(int(entry))
-    found: list[int] = []
-    queue = [pid]
-    while queue:
-        below = children.get(queue.pop(0), [])
-        found += below
-        queue += below
+                    found.setdefault(int(parent), []).append(int(entry))
     return found
 
 
-def processes_with(variable: str, value: str) -> list[int]:
-    """List this user's processes that were started with an environment variable of this value, or below it.
+def descendants(pid: int, spared: Container[int] = ()) -> list[int]:
+    """List the living descendants of a process, children before grandchildren.
 
-    :param value: a path; a variable that holds a path below it counts too.
+    :param spared: children of the process that are left out, with what descends from them.
     """
-    whole, below = f"{variable}={value}".encode(), f"{variable}={value}/".encode()
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
-            with contextlib.suppress(OSError):
-                if os.stat(f"/proc/{entry}").st_uid != os.geteuid():
-                    continue
-                settings = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
-                if any(setting == whole or setting.startswith(below) for setting in settings):
-                    found.append(int(entry))
+    below = children()
+    found: list[int] = []
+    queue = [child for child in below.get(pid, []) if child not in spared]
+    while queue:
+        found += queue
+        queue = [grandchild for child in queue for grandchild in below.get(child, [])]
     return found
 
 

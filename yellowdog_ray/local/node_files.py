@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from yellowdog_ray.local.belonging import NODE_FILES
 from yellowdog_ray.local.events import StartNode
 from yellowdog_ray.local.isolation import Isolation
 from yellowdog_ray.local.node_ssh import SSHIdentity, sshd_config
@@ -18,7 +19,7 @@ from yellowdog_ray.local.process_node import (
     program_directories,
     write_plain_environment,
 )
-from yellowdog_ray.local.supervisor import AGENT_HOME, NODE_FILES
+from yellowdog_ray.local.supervisor import AGENT_HOME
 
 __all__ = ["PATH", "User", "environment_below_tmp", "node_environment", "this_user", "write_node_files"]
 

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import ClusterStateError, LocalPlatformError, SpecError
+from yellowdog_ray.local.arguments import check_port, check_templates
 from yellowdog_ray.local.directory import (
     DIRECTORY_HOME,
     hold,
@@ -91,16 +92,13 @@ class LocalPlatform:
         kinds = [kind.value for kind in Isolation]
         if isolation is not None and isolation not in kinds:
             raise SpecError(f"no such isolation: {isolation!r}; choose from {', '.join(kinds)}")
-        if port is not None and not 0 < port < 1 << 16:
-            raise SpecError(f"not a TCP port: {port}")
+        if limits not in (None, True, False):
+            raise SpecError(f"limits must be True, False or None, not {limits!r}")
         self._isolation = Isolation(isolation) if isolation else None
-        self._port = port
+        self._port = None if port is None else check_port(port)
         self._system_sshd = system_sshd
         self._limits, self._options = limits, options
-        self._templates = dict(DEFAULT_TEMPLATES if templates is None else templates)
-        for name in self._templates:
-            if name.count("/") != 1 or not all(name.split("/")):
-                raise SpecError(f"a template is named namespace/name, not {name!r}")
+        self._templates = check_templates(DEFAULT_TEMPLATES if templates is None else templates)
         self._state = _State.NEW
         self._listener: socket.socket | None = None
         self._directory: Path | None = None

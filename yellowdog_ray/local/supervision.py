@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -16,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from yellowdog_ray.errors import LocalPlatformError
-from yellowdog_ray.local import linux
+from yellowdog_ray.local.belonging import end_all, processes_of
 from yellowdog_ray.local.host import free_network, free_ssh_port, has_interface
 from yellowdog_ray.local.isolation import Isolation
 from yellowdog_ray.local.node_files import PATH, environment_below_tmp
 from yellowdog_ray.local.process_node import import_path
 from yellowdog_ray.local.protocol import Channel, Closed
-from yellowdog_ray.local.supervisor import NODE_FILES, Settings
+from yellowdog_ray.local.supervisor import Settings
 
 __all__ = ["Supervision"]
 
 _START_TIMEOUT = 20.0
+_END_SECONDS = 5.0
 
 
 class Supervision:
@@ -131,9 +130,7 @@ class Supervision:
                 self.process.kill()
                 self.process.wait()
         # With plain processes and a supervisor that was killed, nobody else has ended them.
-        for pid in linux.processes_with(NODE_FILES, str(self._directory)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end_all(lambda: processes_of(str(self._directory)), _END_SECONDS)
         # The kernel takes a network namespace apart a moment after its last process.
         deadline = time.monotonic() + 5
         while self.interface and has_interface(self.interface) and time.monotonic() < deadline:
@@ -143,7 +140,7 @@ class Supervision:
 
     def leftovers(self) -> list[str]:
         """List what is left of it and of the nodes: processes and an interface."""
-        found = [f"process {pid}" for pid in linux.processes_with(NODE_FILES, str(self._directory))]
+        found = [f"process {pid}" for pid in processes_of(str(self._directory))]
         if self.process is not None and self.process.poll() is None:
             found.append(f"supervisor {self.process.pid}")
         if self.interface and has_interface(self.interface):

@@ -29,13 +29,13 @@ from typing import Any
 
 from yellowdog_ray.local import cgroups, linux
 from yellowdog_ray.local.agent import Agent
+from yellowdog_ray.local.belonging import end_all, mark
 from yellowdog_ray.local.protocol import Channel, Closed, Loop
 
 AGENT_HOME = "/opt/yellowdog/agent"
 AGENT_DATA = "/var/opt/yellowdog/agent/data"
-NODE_FILES = "RAYDOG_NODE_FILES"
-"""The variable in the environment of all that runs in a node; it holds the node's directory."""
 _STOP_PATIENCE = 3.0
+_ORPHAN_SECONDS = 2.0
 _BRIDGE = "lan"
 # The first place to import from would be the directory that the server starts in, which is the user's.
 _EMBEDDED_SSHD = (
@@ -139,20 +139,8 @@ def _watch(control: socket.socket, settings: Settings, owner_fd: int, lock_fd: i
         os.kill(keeper, signal.SIGKILL)
     # Reaping the first process of a PID namespace waits until all in it are gone.
     os.waitpid(keeper, 0)
-    _end_orphans()
+    end_all(lambda: linux.descendants(os.getpid()), 10)
     return 0
-
-
-def _end_orphans() -> None:
-    deadline = time.monotonic() + 10
-    while (pids := linux.descendants(os.getpid())) and time.monotonic() < deadline:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(0.02)
 
 
 def _join_lan(settings: Settings, keeper: int) -> None:
@@ -183,6 +171,7 @@ class _Node:
 
 def _keep(control: socket.socket, settings: Settings, lan_made: int, joined: int) -> None:
     linux.set_process_name("raydog-keeper")
+    mark(settings.directory)
     if settings.namespaced:
         linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
         linux.mount("none", "/", flags=linux.MS_REC | linux.MS_PRIVATE)
@@ -248,7 +237,7 @@ class _Keeper:
             elif message["op"] == "stop":
                 self._stop(node)
             elif message["op"] == "lose":
-                # What is left of a plain process's tasks ends when its own end is seen.
+                # What is left of a plain process's tasks ends when its own end is seen (_end_orphans).
                 os.kill(node.pid, signal.SIGKILL)
             else:
                 with contextlib.suppress(Closed):
@@ -303,15 +292,23 @@ class _Keeper:
         now = time.monotonic()
         for node in self._nodes.values():
             if node.kill_at is not None and node.kill_at <= now:
-                for pid in [*linux.descendants(node.pid), node.pid]:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                os.kill(node.pid, signal.SIGKILL)
                 node.kill_at = None
 
     def _child_ended(self, pid: int, status: int) -> None:
+        if not self._settings.namespaced:
+            self._end_orphans()
         for node_id, node in list(self._nodes.items()):
             if node.pid == pid:
                 self._forget(node_id, node)
+
+    def _end_orphans(self) -> None:
+        """End what an agent that was killed has left: no kernel does it here.
+
+        Agents inherit what is orphaned below them, so all that this process has inherited was a dead one's.
+        """
+        agents = {node.pid for node in self._nodes.values()}
+        end_all(lambda: linux.descendants(os.getpid(), agents), _ORPHAN_SECONDS)
 
     def _forget(self, node_id: str, node: _Node) -> None:
         # What the agent said before it went comes first.
@@ -322,13 +319,7 @@ class _Keeper:
         self._loop.forget(node.channel)
         node.channel.close()
         del self._nodes[node_id]
-        directory = str(Path(self._settings.directory, node_id))
-        if not self._settings.namespaced:
-            # An agent that was killed could not end its tasks, and no kernel does it here.
-            for pid in linux.processes_with(NODE_FILES, directory):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        linux.remove_tree(directory)
+        linux.remove_tree(Path(self._settings.directory, node_id))
         self._report(node_id, {"event": "gone"})
 
 

@@ -5,7 +5,8 @@ that is signed with the key's secret; the browser that shows it first gets a ses
 
 A browser sends a host's cookies to every port of it, and on 127.0.0.1 a port may be another user's. So the
 pages are below a path that only the key's owner knows, and the cookie is for that path alone: nobody can lead
-the browser there on a port of their own.
+the browser there on a port of their own. The browser keeps that path, for the links of
+yellowdog-cli, which lead to the API's address, in what it stores for that address and port alone.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ _HEADERS: Mapping[str, str] = {
 _STATIC = {
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
+    "lead.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
 # The names by which a browser of this machine, or of one that forwards a port, comes here. Another name that
@@ -67,7 +68,7 @@ def create_page(
 ) -> Starlette:
     """Return the application; see :class:`~yellowdog_ray.local.webpage.front.Front`."""
     door = _Door(core, access, Views(core, access.path, read_output))
-    routes = [Route(f"{WEB_PATH}/open", door.endpoint(door.open))]
+    routes = [Route("/", door.endpoint(door.lead)), Route(f"{WEB_PATH}/open", door.endpoint(door.open))]
     routes += [Route(f"{WEB_PATH}/{name}", door.endpoint(partial(door.static, name))) for name in _STATIC]
     for path, view in door.views.by_path.items():
         routes.append(Route(f"{access.path}/{path}", door.endpoint(partial(door.show, view))))
@@ -115,7 +116,8 @@ class _Door:
         return endpoint
 
     def _tell(self, status: int, title: str, message: tuple[str, ...], **more: str) -> Response:
-        html = self._note.render(root=WEB_PATH, title=title, message=message, **{"forward": "", **more})
+        settings = {"forward": "", "script": "", **more}
+        html = self._note.render(root=WEB_PATH, title=title, message=message, **settings)
         return Response(html, status, media_type="text/html")
 
     def open(self, request: Request) -> Response:
@@ -135,6 +137,11 @@ class _Door:
             self._access.cookie, session, path=self._access.path, httponly=True, samesite="strict"
         )
         return response
+
+    def lead(self, request: Request) -> Response:
+        """Lead on from the API's address: by a script, which alone knows what is after the # and where to."""
+        message = ("This is the address of a local platform's API.", _LINK_FOR, _NEW_LINK, _ONWARDS)
+        return self._tell(200, "A local platform", message, script="lead.js")
 
     def static(self, name: str, request: Request) -> Response:
         """Give out the style, the script or the icon, which hold nothing of anybody's."""
@@ -186,6 +193,8 @@ class _Door:
         return self._access.knows(request.cookies.get(self._access.cookie, ""))
 
 
+_LINK_FOR = "The page is for who has the platform's application key, and for a link that was made with it."
+_ONWARDS = "Once this browser has used one, this page leads to what is meant."
 _NEW_LINK = "Get a new one from `raydog local status`, or in Python from `platform.web_url`."
 
 
@@ -196,7 +205,7 @@ class _NoSessionError(_RefusedError):
         super().__init__(
             401,
             "A link is needed",
-            "This page is for who has the platform's application key, and for a link that was made with it.",
+            _LINK_FOR,
             _NEW_LINK,
             "Where this browser has used a link already, opening the page once more from here will do.",
         )

@@ -39,7 +39,9 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lead a request on."""
         path = scope.get("path", "")
-        if scope["type"] != "http" or not (path == WEB_PATH or path.startswith(f"{WEB_PATH}/")):
+        if scope["type"] != "http" or not (
+            path == WEB_PATH or path.startswith(f"{WEB_PATH}/") or _is_a_browser_at_the_root(scope)
+        ):
             await self._api(scope, receive, send)
             return
         if self._page is None:
@@ -47,3 +49,10 @@ class Front:
 
             self._page = create_page(self._core, self._access, self._read_output)
         await self._page(scope, receive, send)
+
+
+def _is_a_browser_at_the_root(scope: Scope) -> bool:
+    """Tell whether somebody looks at the API's address, as the links of yellowdog-cli make them do."""
+    if scope["path"] != "/" or scope["method"] != "GET":
+        return False
+    return any(name == b"accept" and b"text/html" in value for name, value in scope["headers"])

@@ -98,5 +98,12 @@ function plan(pause) {
   if (!document.hidden) timer = setTimeout(look, pause);
 }
 
+try {
+  // For the links of yellowdog-cli, which lead to the API's address (lead.js).
+  localStorage.setItem("raydog", /^\/web\/[^/]+/.exec(location.pathname)[0]);
+} catch {
+  // A browser may keep nothing.
+}
+
 document.addEventListener("visibilitychange", () => plan(0));
 plan(PAUSE);
