@@ -94,7 +94,8 @@ class Life(RuleBasedStateMachine):
             SchedulerOptions(reuse_finished_names=True),
             boot_delay=0.003,
             start_delay=0.001,
-            stop_delay=0.001,
+            # As long as some steps, so that what is on its way out is met by the next one.
+            stop_delay=0.01,
         ).start()
         self.cluster = make(self.platform, state_file=self.path)
         self.other: RayDogCluster | None = None
@@ -208,10 +209,11 @@ class Life(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         count=st.sampled_from([None, None, 0, 1, 2, 3, 4]),
+        before=st.sampled_from([None, None, 0, 1, 4]),
         by_other=st.booleans(),
         fault=st.booleans(),
     )
-    def scale(self, data, count: int | None, by_other: bool, fault: bool) -> None:
+    def scale(self, data, count: int | None, before: int | None, by_other: bool, fault: bool) -> None:
         handle = self._handle(by_other)
         key = self._draw(data)
         pool = self.pools[key]
@@ -222,6 +224,11 @@ class Life(RuleBasedStateMachine):
             pool.wanted = pool.alive = max(1, count)
             self.cluster.scale_worker_pool(key, pool.wanted)
             return
+        if before is not None:
+            # Another number, and the next one soon after it.
+            self._handle(not by_other).scale_worker_pool(key, before)
+            pool.spare = max(0, pool.alive + pool.spare - before)
+            pool.wanted = pool.alive = before
         if fault and count > pool.alive:
             self.platform.faults.faults = [Fault("POST", "/taskGroups/", 500, None)]
             with pytest.raises(PlatformError, match="could not"):
@@ -233,7 +240,8 @@ class Life(RuleBasedStateMachine):
             return
         handle.scale_worker_pool(key, count)
         pool.wanted = pool.alive = count
-        pool.spare = 0
+        # While nodes boot, the platform takes no other number: the idle ones go later.
+        pool.spare = 0 if before is None else max(0, before - count)
 
     @precondition(lambda self: self.phase == "running" and any(pool.alive for pool in self.pools.values()))
     @rule(data=st.data())

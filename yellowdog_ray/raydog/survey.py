@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import NotFoundError, RayDogError
 from yellowdog_ray.raydog.platform import Platform, task_failure
-from yellowdog_ray.raydog.pools import BuiltPool
+from yellowdog_ray.raydog.pools import BuiltPool, staying_tasks
 from yellowdog_ray.raydog.status import ClusterStatus, NodeFailure, PoolStatus
 from yellowdog_ray.raydog.transport import Operation
 
@@ -105,6 +105,12 @@ def _pool(
     summary = there.get(str(pool.id))
     counts = (group.taskSummary.statusCounts if group is not None and group.taskSummary else None) or {}
     executing = sum(number for status, number in counts.items() if status.name == "EXECUTING")
+    # The platform leaves the counts out until there is something to count.
+    unfinished = sum(number for status, number in counts.items() if not status.finished) if counts else None
+    if unfinished is not None and unfinished > pool.node_count:
+        staying = staying_tasks(platform, pool, operation)
+        executing = sum(task.status is not None and task.status.name == "EXECUTING" for task in staying)
+        unfinished = len(staying)
     failed: tuple[NodeFailure, ...] = ()
     if group is None:
         drift.append(f"the work requirement has no task group {pool.plan.group}")
@@ -127,7 +133,7 @@ def _pool(
         failed=failed,
         status=None if summary is None or summary.status is None else str(summary.status),
         problem=problem,
-        unfinished=sum(number for status, number in counts.items() if not status.finished),
+        unfinished=unfinished,
     )
 
 

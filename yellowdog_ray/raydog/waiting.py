@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Literal
 from yellowdog_ray.errors import NotFoundError, PlatformError, RayDogError, WaitTimeoutError
 from yellowdog_ray.raydog import events
 from yellowdog_ray.raydog.platform import Platform, task_failure
-from yellowdog_ray.raydog.pools import BuiltPool
+from yellowdog_ray.raydog.pools import BuiltPool, staying_tasks
 from yellowdog_ray.raydog.transport import Operation, Pause
 
 if TYPE_CHECKING:
-    from yellowdog_client.model import WorkRequirement
+    from yellowdog_client.model import Task, WorkRequirement
 
     from yellowdog_ray.raydog.reach import Reach
 
@@ -61,7 +61,13 @@ class _Tally:
     missing: list[tuple[BuiltPool, int]] = field(default_factory=list)
 
 
-def _tally(requirement: WorkRequirement, pools: Iterable[BuiltPool]) -> _Tally:
+def _tally(
+    requirement: WorkRequirement, pools: Iterable[BuiltPool], staying: Callable[[BuiltPool], list[Task]]
+) -> _Tally:
+    """Count the workers.
+
+    :param staying: lists the tasks of a pool that have not ended and are not about to.
+    """
     tally = _Tally()
     groups = {group.name: group for group in requirement.taskGroups or []}
     for pool in pools:
@@ -71,6 +77,10 @@ def _tally(requirement: WorkRequirement, pools: Iterable[BuiltPool]) -> _Tally:
         executing = sum(number for status, number in counts.items() if status.name == "EXECUTING")
         ended = sum(number for status, number in counts.items() if status.finished)
         unfinished = sum(counts.values()) - ended
+        if unfinished > pool.node_count:
+            tasks = staying(pool)
+            executing = sum(task.status is not None and task.status.name == "EXECUTING" for task in tasks)
+            unfinished = len(tasks)
         # Of a pool that was scaled down or up, tasks have ended that nobody misses.
         coming = max(0, (unfinished if counts else pool.node_count) - executing)
         tally.executing += executing
@@ -113,7 +123,9 @@ class Wait:
         next_reasons = _LOOK_FOR_REASONS
         while True:
             requirement = self.platform.work_requirement(self.work_requirement_id, self.operation)
-            tally = _tally(requirement, self.pools)
+            tally = _tally(
+                requirement, self.pools, lambda pool: staying_tasks(self.platform, pool, self.operation)
+            )
             have = self._count(tally)
             if self._said != (have, have.source):
                 self._said = (int(have), have.source)
