@@ -556,7 +556,9 @@ def test_observability_leaves_when_the_head_is_gone(agent):
     output, _ = process.communicate(timeout=10)
     assert time.monotonic() - began < 5
     assert process.returncode == 1
-    assert f"This node leaves: the Ray head at {address} port 6379 has not accepted a connection for" in output
+    assert (
+        f"This node leaves: the Ray head at {address} port 6379 has not accepted a connection for" in output
+    )
     assert output.endswith("Observability stopped\n")
     assert eventually(lambda: processes_in(agent.home) == [])
 
