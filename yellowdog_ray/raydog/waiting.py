@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from yellowdog_ray.errors import NotFoundError, PlatformError, RayDogError, WaitTimeoutError
+from yellowdog_ray.errors import NotFoundError, PlatformError, RayDogError, TunnelError, WaitTimeoutError
 from yellowdog_ray.raydog import events
 from yellowdog_ray.raydog.platform import Platform, task_failure
 from yellowdog_ray.raydog.pools import BuiltPool, staying_tasks
@@ -16,7 +20,7 @@ from yellowdog_ray.raydog.transport import Operation, Pause
 if TYPE_CHECKING:
     from yellowdog_client.model import Task, WorkRequirement
 
-    from yellowdog_ray.raydog.reach import Reach
+    from yellowdog_ray.raydog.reach import RayNode, Reach
 
 __all__ = ["Wait", "WorkerCount", "wait_for_ray"]
 
@@ -25,6 +29,12 @@ log = logging.getLogger(__name__)
 _LOOK_FOR_REASONS = 1.0
 # For how long Ray on the head may give no answer, with all tasks executing, before the tasks are what counts.
 _RAY_PATIENCE = 120.0
+# After which time without an answer that is said, while it is waited on: the head may just not be up yet.
+_SAY_SILENCE = 10.0
+# How long an answer may take at least, however little time is left.
+_SHORTEST_ASK = 1.0
+# Ray lists a node that is gone without a word as alive for 30 s. Those that it lists for longer are there.
+_STALE = 45.0
 
 Source = Literal["ray", "tasks"]
 
@@ -111,6 +121,11 @@ class Wait:
     emit: events.Emitter
     reach: Reach | None = None
     _ray_silent_since: float | None = None
+    _unanswered_since: float | None = None
+    _unanswered: Exception | None = None
+    _said_silence: bool = False
+    _doubtful_since: float | None = None
+    _addresses: tuple[object, set[str]] = ((), set())
     _said: tuple[int, Source] | None = None
 
     def run(self) -> WorkerCount:
@@ -134,6 +149,12 @@ class Wait:
                 return have
             unit = "workers are alive in Ray" if have.source == "ray" else "workers are executing"
             there = f"{have} of {self.count} {unit} after {self.operation.elapsed:.1f} s"
+            if self._unanswered is not None and have.source == "ray":
+                there = (
+                    f"{tally.executing} of {self.count} workers are executing after "
+                    f"{self.operation.elapsed:.1f} s, and Ray on the head cannot be asked which of them have "
+                    f"joined it ({str(self._unanswered).rstrip('.')})"
+                )
             over = requirement.status is not None and requirement.status.finished
             if over or tally.executing + tally.coming < self.count:
                 reasons = self._failures(tally.failed) or [f"the work requirement is {requirement.status}"]
@@ -143,10 +164,12 @@ class Wait:
                 self._check_reasons(tally, there)
             if self.operation.expired:
                 waiting = ", ".join(pool.plan.internal_name for pool, _ in tally.missing)
+                if waiting:
+                    raise WaitTimeoutError(f"{there}; still waiting for workers of {waiting}")
+                if self._unanswered is not None:
+                    raise WaitTimeoutError(there)
                 raise WaitTimeoutError(
-                    f"{there}; still waiting for workers of {waiting}"
-                    if waiting
-                    else f"{there}; all tasks are executing, and Ray on some has not joined the head: "
+                    f"{there}; all tasks are executing, and Ray on some has not joined the head: "
                     "get_logs() shows what they print"
                 )
             pause.sleep()
@@ -155,9 +178,10 @@ class Wait:
         if self.reach is None:
             return WorkerCount(tally.executing, "tasks")
         try:
-            nodes = self.reach.ray_nodes()
+            nodes = self._ask(self.reach)
         except (RayDogError, OSError) as error:
             elapsed = self.operation.elapsed
+            self._note_unanswered(error)
             if tally.executing < self.count:
                 self._ray_silent_since = None
             elif self._ray_silent_since is None:
@@ -166,8 +190,78 @@ class Wait:
                 log.warning("Ray on the head cannot be asked, so that the tasks are counted: %s", error)
                 return WorkerCount(tally.executing, "tasks")
             return WorkerCount(0, "ray")
-        self._ray_silent_since = None
-        return WorkerCount(sum(node.alive and not node.is_head for node in nodes), "ray")
+        self._ray_silent_since = self._unanswered_since = self._unanswered = None
+        return WorkerCount(
+            self._joined([node for node in nodes if node.alive and not node.is_head], tally), "ray"
+        )
+
+    def _ask(self, reach: Reach) -> list[RayNode]:
+        """Ask Ray for its nodes. An answer that comes when the time is over is not waited for."""
+        left = self.operation.remaining
+        if left is None:
+            return reach.ray_nodes()
+        answer: Future[list[RayNode]] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(reach.ray_nodes())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, name="raydog-ask-ray", daemon=True).start()
+        seconds = max(left, _SHORTEST_ASK)
+        try:
+            return answer.result(seconds)
+        except FutureTimeoutError:
+            if answer.done():
+                raise
+            raise TunnelError(f"The head has not answered within {seconds:.1f} s") from None
+
+    def _note_unanswered(self, error: Exception) -> None:
+        elapsed = self.operation.elapsed
+        if self._unanswered_since is None:
+            self._unanswered_since = elapsed
+        # That the time was over says less than what was said before.
+        if self._unanswered is None or not self.operation.expired:
+            self._unanswered = error
+        if elapsed - self._unanswered_since >= _SAY_SILENCE and not self._said_silence:
+            self._said_silence = True
+            log.warning("Ray on the head cannot be asked for its workers yet: %s", error)
+
+    def _joined(self, alive: Sequence[RayNode], tally: _Tally) -> int:
+        """Count the Ray nodes that are workers of these pools, and not of a machine that is gone."""
+        count = min(len(alive), tally.executing)
+        if not count or count < self.count:
+            self._doubtful_since = None
+            return count
+        addresses = self._living_addresses((tally.executing, {node.node_id for node in alive}))
+        known = min(tally.executing, sum(node.address in addresses for node in alive))
+        if known >= self.count:
+            return known
+        # Ray on a machine with several addresses may have chosen another one than the platform tells.
+        elapsed = self.operation.elapsed
+        if self._doubtful_since is None:
+            self._doubtful_since = elapsed
+        return known if elapsed - self._doubtful_since < _STALE else count
+
+    def _living_addresses(self, known: object) -> set[str]:
+        """List the private addresses of the pools' living nodes.
+
+        :param known: what was known when they were last listed; they are listed again when that changes.
+        """
+        if self._addresses[0] != known:
+            listing = [
+                self.platform.submit(partial(self.platform.nodes, str(pool.id), self.operation))
+                for pool in self.pools
+            ]
+            found = {
+                node.details.privateIpAddress
+                for future in listing
+                for node in future.result()
+                if node.details is not None and (node.status is None or node.status.active)
+            }
+            self._addresses = known, {address for address in found if address}
+        return self._addresses[1]
 
     def _check_reasons(self, tally: _Tally, there: str) -> None:
         self._check_head(there)
