@@ -146,6 +146,8 @@ class Life(RuleBasedStateMachine):
                 handle.add_worker_pool("test/small", None, count, name)
             return
         number = self.counted + 1
+        while name is None and f"worker-nodes-{number:02d}" in self.pools:
+            number += 1
         key = name or f"worker-nodes-{number:02d}"
         if key in self.pools:
             with pytest.raises(SpecError, match="already is a worker pool"):
