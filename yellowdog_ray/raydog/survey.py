@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import NotFoundError, RayDogError
 from yellowdog_ray.raydog.platform import Platform, task_failure
-from yellowdog_ray.raydog.pools import BuiltPool, staying_tasks
+from yellowdog_ray.raydog.pools import BuiltPool, named_pools, staying_tasks
 from yellowdog_ray.raydog.status import ClusterStatus, NodeFailure, PoolStatus
 from yellowdog_ray.raydog.transport import Operation
 
@@ -49,10 +49,8 @@ def survey(
     by_name = {summary.name: summary for summary in compute.values()}
     groups = {group.name: group for group in (requirement.taskGroups or [] if requirement else [])}
     statuses = {}
-    for pool in pools:
+    for key, pool in named_pools(pools).items():
         status = _pool(platform, pool, there, groups.get(pool.plan.group), operation, drift)
-        # A user may have called a worker pool "head-node".
-        key = pool.plan.name if pool.plan.internal_name in statuses else pool.plan.internal_name
         statuses[key] = status
         summary = by_name.get(pool.plan.name)
         drift += _ended(status, there.get(str(pool.id)), summary)
