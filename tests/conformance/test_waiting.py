@@ -1,4 +1,4 @@
-"""Waiting for workers that Ray is asked for: on the simulated platform, with a stand-in for the head's Ray."""
+"""Waiting for workers that Ray is asked for: on the simulated platform, with a stand-in for a head's Ray."""
 
 from __future__ import annotations
 
