@@ -547,10 +547,10 @@ def test_observability_leaves_when_the_head_is_gone(agent):
     process = agent.start("observability", RAY_HEAD_IP=address, **environment)
     agent.wait_for_call("prometheus --config.file")
     # The head may come up long after this node.
-    time.sleep(2.5)
+    time.sleep(1.5)
     assert process.poll() is None
     with listening(address):
-        time.sleep(3)
+        time.sleep(2)
         assert process.poll() is None
     began = time.monotonic()
     output, _ = process.communicate(timeout=10)
