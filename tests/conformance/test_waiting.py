@@ -112,6 +112,22 @@ def test_a_machine_that_was_replaced_counts_when_it_has_joined(platform, cluster
         assert wait.result(10) == 2
 
 
+def test_a_machine_on_its_way_out_does_not_count(platform, cluster, ray):
+    """After a pool was scaled down and up again, who joins is waited for, and who leaves does not count."""
+    ray.addresses = add(platform, cluster, 2)
+    platform.backend.stop_delay = 1.5
+    cluster.scale_worker_pool(GROUP, 1)
+    cluster.scale_worker_pool(GROUP, 2)
+    eventually(lambda: len(addresses(platform, GROUP)) == 3)
+    with ThreadPoolExecutor(1) as threads:
+        wait = threads.submit(cluster.wait_for_workers, timeout=10)
+        time.sleep(0.3)
+        assert not wait.done()
+        ray.addresses += set(addresses(platform, GROUP)) - set(ray.addresses)
+        assert wait.result(10) == 2
+        assert len(addresses(platform, GROUP)) == 3
+
+
 def test_workers_at_other_addresses(platform, cluster, ray, monkeypatch):
     """Where Ray knows the workers by other addresses, they count when those cannot be dead machines."""
     monkeypatch.setattr(waiting, "_STALE", 0.5)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from yellowdog_ray.errors import NotFoundError, PlatformError, RayDogError, TunnelError, WaitTimeoutError
 from yellowdog_ray.raydog import events
 from yellowdog_ray.raydog.platform import Platform, task_failure
-from yellowdog_ray.raydog.pools import BuiltPool, staying_tasks
+from yellowdog_ray.raydog.pools import BuiltPool, unfinished_tasks
 from yellowdog_ray.raydog.transport import Operation, Pause
 
 if TYPE_CHECKING:
@@ -63,20 +63,25 @@ class _Tally:
 
     :param failed: pools of which a worker's task has ended.
     :param missing: pools of which a worker's task does not execute yet, and how many those are.
+    :param leaving: the ids of nodes of which the task is being aborted.
     """
 
     executing: int = 0
     coming: int = 0
     failed: list[BuiltPool] = field(default_factory=list)
     missing: list[tuple[BuiltPool, int]] = field(default_factory=list)
+    leaving: set[str | None] = field(default_factory=set)
 
 
 def _tally(
-    requirement: WorkRequirement, pools: Iterable[BuiltPool], staying: Callable[[BuiltPool], list[Task]]
+    requirement: WorkRequirement,
+    pools: Iterable[BuiltPool],
+    list_unfinished: Callable[[BuiltPool], list[Task]],
 ) -> _Tally:
     """Count the workers.
 
-    :param staying: lists the tasks of a pool that have not ended and are not about to.
+    :param list_unfinished: lists the tasks of a pool that have not ended, for which is asked where there are
+        more than it is to have: some of them are being aborted then.
     """
     tally = _Tally()
     groups = {group.name: group for group in requirement.taskGroups or []}
@@ -88,9 +93,11 @@ def _tally(
         ended = sum(number for status, number in counts.items() if status.finished)
         unfinished = sum(counts.values()) - ended
         if unfinished > pool.node_count:
-            tasks = staying(pool)
-            executing = sum(task.status is not None and task.status.name == "EXECUTING" for task in tasks)
-            unfinished = len(tasks)
+            tasks = list_unfinished(pool)
+            staying = [task for task in tasks if task.abortRequestedTime is None]
+            executing = sum(task.status is not None and task.status.name == "EXECUTING" for task in staying)
+            unfinished = len(staying)
+            tally.leaving |= {task.nodeId for task in tasks if task.abortRequestedTime is not None}
         # Of a pool that was scaled down or up, tasks have ended that nobody misses.
         coming = max(0, (unfinished if counts else pool.node_count) - executing)
         tally.executing += executing
@@ -139,7 +146,7 @@ class Wait:
         while True:
             requirement = self.platform.work_requirement(self.work_requirement_id, self.operation)
             tally = _tally(
-                requirement, self.pools, lambda pool: staying_tasks(self.platform, pool, self.operation)
+                requirement, self.pools, lambda pool: unfinished_tasks(self.platform, pool, self.operation)
             )
             have = self._count(tally)
             if self._said != (have, have.source):
@@ -234,8 +241,8 @@ class Wait:
         if not count or count < self.count:
             self._doubtful_since = None
             return count
-        addresses = self._living_addresses((tally.executing, {node.node_id for node in alive}))
-        known = min(tally.executing, sum(node.address in addresses for node in alive))
+        addresses = self._living_addresses(tally, alive)
+        known = min(tally.executing, len(addresses & {node.address for node in alive}))
         if known >= self.count:
             return known
         # Ray on a machine with several addresses may have chosen another one than the platform tells.
@@ -244,11 +251,9 @@ class Wait:
             self._doubtful_since = elapsed
         return known if elapsed - self._doubtful_since < _STALE else count
 
-    def _living_addresses(self, known: object) -> set[str]:
-        """List the private addresses of the pools' living nodes.
-
-        :param known: what was known when they were last listed; they are listed again when that changes.
-        """
+    def _living_addresses(self, tally: _Tally, alive: Sequence[RayNode]) -> set[str]:
+        """List the addresses of the pools' nodes that live and stay; anew when something has changed."""
+        known = (tally.executing, tally.leaving, {node.node_id for node in alive})
         if self._addresses[0] != known:
             listing = [
                 self.platform.submit(partial(self.platform.nodes, str(pool.id), self.operation))
@@ -259,6 +264,7 @@ class Wait:
                 for future in listing
                 for node in future.result()
                 if node.details is not None and (node.status is None or node.status.active)
+                if node.id not in tally.leaving
             }
             self._addresses = known, {address for address in found if address}
         return self._addresses[1]
