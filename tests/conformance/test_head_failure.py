@@ -267,7 +267,7 @@ def test_without_a_client_the_platform_ends_all_nodes(platform, monkeypatch):
     # As long as the head is there nothing ends, however long it lasts.
     assert sum(executing(platform).values()) == 4
     lose_machine(platform, "head-node")
-    # So the default scripts of the others end: ray start --block notices that the head is gone.
+    # So the default scripts of the others end, which watch the head (tests/unit/test_scripts.py).
     for number in (1, 2):
         let_exit(platform, GROUP, 1, task=f"{GROUP}-0000{number}")
     let_exit(platform, "observability-node", 1)

@@ -94,7 +94,8 @@ class Life(RuleBasedStateMachine):
             SchedulerOptions(reuse_finished_names=True),
             boot_delay=0.003,
             start_delay=0.001,
-            stop_delay=0.001,
+            # As long as some steps, so that what is on its way out is met by the next one.
+            stop_delay=0.01,
         ).start()
         self.cluster = make(self.platform, state_file=self.path)
         self.other: RayDogCluster | None = None
@@ -145,6 +146,8 @@ class Life(RuleBasedStateMachine):
                 handle.add_worker_pool("test/small", None, count, name)
             return
         number = self.counted + 1
+        while name is None and f"worker-nodes-{number:02d}" in self.pools:
+            number += 1
         key = name or f"worker-nodes-{number:02d}"
         if key in self.pools:
             with pytest.raises(SpecError, match="already is a worker pool"):
@@ -208,10 +211,11 @@ class Life(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         count=st.sampled_from([None, None, 0, 1, 2, 3, 4]),
+        before=st.sampled_from([None, None, 0, 1, 4]),
         by_other=st.booleans(),
         fault=st.booleans(),
     )
-    def scale(self, data, count: int | None, by_other: bool, fault: bool) -> None:
+    def scale(self, data, count: int | None, before: int | None, by_other: bool, fault: bool) -> None:
         handle = self._handle(by_other)
         key = self._draw(data)
         pool = self.pools[key]
@@ -222,6 +226,11 @@ class Life(RuleBasedStateMachine):
             pool.wanted = pool.alive = max(1, count)
             self.cluster.scale_worker_pool(key, pool.wanted)
             return
+        if before is not None:
+            # Another number, and the next one soon after it.
+            self._handle(not by_other).scale_worker_pool(key, before)
+            pool.spare = max(0, pool.alive + pool.spare - before)
+            pool.wanted = pool.alive = before
         if fault and count > pool.alive:
             self.platform.faults.faults = [Fault("POST", "/taskGroups/", 500, None)]
             with pytest.raises(PlatformError, match="could not"):
@@ -233,7 +242,8 @@ class Life(RuleBasedStateMachine):
             return
         handle.scale_worker_pool(key, count)
         pool.wanted = pool.alive = count
-        pool.spare = 0
+        # While nodes boot, the platform takes no other number: the idle ones go later.
+        pool.spare = 0 if before is None else max(0, before - count)
 
     @precondition(lambda self: self.phase == "running" and any(pool.alive for pool in self.pools.values()))
     @rule(data=st.data())

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.clusters import attach, eventually, make
+from tests.clusters import attach, eventually, let_exit, make, pools, tasks
 from tests.controlplane import KEY_ID, SECRET, Fault, serve
-from yellowdog_ray.errors import ClusterStateError, TeardownError
-from yellowdog_ray.raydog import events, logs, watch
+from yellowdog_ray.errors import ClusterStateError, PlatformError, SpecError, TeardownError
+from yellowdog_ray.raydog import events, logs, teardown, watch
 from yellowdog_ray.raydog.state import ClusterState
 
 
@@ -155,6 +156,138 @@ def test_added_after_another_process_has_ended_it(platform, state_directory):
     with pytest.raises(ClusterStateError, match="another process has shut"):
         cluster.add_worker_pool("test/small", None, 1)
     assert list(state_directory.glob("*.json")) == []
+    cluster.shut_down()
+
+
+def test_ended_by_another_process_while_a_pool_is_added(platform, state_directory, monkeypatch):
+    """A pool that comes when the cluster has been ended is taken back, also where nobody watches the head."""
+    monkeypatch.setattr(teardown, "LATE_SECONDS", 0.2)
+    cluster = make(platform)
+    cluster.build()
+    cluster.detach()
+    (path,) = state_directory.glob("*.json")
+    platform.faults.faults = [Fault("POST", "/provisioned/template", 500, None)]
+    adding = threading.Thread(target=_add, args=(cluster, errors := []))
+    adding.start()
+    eventually(lambda: platform.faults.faults[0].hits and tasks(platform, "worker-nodes-01"))
+    attach(path).shut_down()
+    assert platform.running() == []
+    platform.faults.clear()
+    adding.join(30)
+    assert "is taken back: another process has shut the cluster down" in str(errors[0])
+    assert platform.running() == []
+    assert list(state_directory.glob("*.json")) == []
+    cluster.shut_down()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cluster: cluster.scale_worker_pool("w", 3),
+        lambda cluster: cluster.scale_worker_pool("w", 2),
+        lambda cluster: cluster.scale_worker_pool("w", 0),
+        lambda cluster: cluster.remove_worker_pool_by_internal_name("w"),
+    ],
+    ids=["up", "the same", "down", "removed"],
+)
+def test_changed_after_another_process_has_ended_it(platform, state_directory, change):
+    """Scaling and removing fail in a cluster that was ended elsewhere, and bring no state file back."""
+    cluster = make(platform)
+    cluster.add_worker_pool("test/small", None, 2, "w")
+    cluster.build()
+    (path,) = state_directory.glob("*.json")
+    attach(path).shut_down()
+    with pytest.raises(ClusterStateError, match=r"no worker pool can be .*: another process has shut"):
+        change(cluster)
+    assert list(state_directory.glob("*.json")) == []
+    cluster.shut_down()
+
+
+def test_ended_by_another_process_while_it_is_scaled(platform, state_directory):
+    """What is found out while a pool is scaled brings no state file back either."""
+    cluster = make(platform)
+    cluster.add_worker_pool("test/small", None, 1, "w")
+    cluster.build()
+    (path,) = state_directory.glob("*.json")
+    fault = Fault("GET", "/work/tasks$", "hang", seconds=2, carried_out=True)
+    platform.faults.faults = [fault]
+    with ThreadPoolExecutor(1) as threads:
+        scaling = threads.submit(cluster.scale_worker_pool, "w", 3)
+        eventually(lambda: fault.hits)
+        attach(path).shut_down()
+        with pytest.raises((ClusterStateError, PlatformError)):
+            scaling.result(30)
+    assert platform.running() == []
+    assert list(state_directory.glob("*.json")) == []
+    cluster.shut_down()
+
+
+def test_a_state_file_that_was_removed_by_hand(platform, state_directory):
+    """A cluster that runs without its state file can be changed as ever."""
+    with make(platform) as cluster:
+        cluster.add_worker_pool("test/small", None, 1, "w")
+        cluster.build()
+        (path,) = state_directory.glob("*.json")
+        path.unlink()
+        for count in (3, 1, 2):
+            cluster.scale_worker_pool("w", count)
+        assert cluster.wait_for_workers(timeout=10) == 2
+        assert sorted(tasks(platform, "worker-nodes-01"))[-1].endswith("4")
+        cluster.remove_worker_pool_by_internal_name("w")
+        assert pools(platform) == ["demo-00-head"]
+
+
+def test_a_name_that_would_be_the_next_one(platform):
+    """Where a user has given a pool the name that the next one would get, that one gets another."""
+    with make(platform) as cluster:
+        cluster.add_worker_pool("test/small", None, 1, "worker-nodes-02")
+        cluster.add_worker_pool("test/small", None, 1)
+        cluster.build()
+        cluster.add_worker_pool("test/small", None, 1)
+        assert cluster.worker_pool_internal_names == ["worker-nodes-02", "worker-nodes-03", "worker-nodes-04"]
+        assert pools(platform) == ["demo-00-head", "demo-01-wrkrs", "demo-03-wrkrs", "demo-04-wrkrs"]
+        with pytest.raises(SpecError, match="already is a worker pool 'worker-nodes-03'"):
+            cluster.add_worker_pool("test/small", None, 1, "worker-nodes-03")
+
+
+def test_the_output_of_a_pool_called_as_the_head(platform):
+    """A worker pool may have the head's name; the output of both can be had, by the names in the status."""
+    with make(platform) as cluster:
+        cluster.add_worker_pool("test/small", None, 1, "head-node")
+        cluster.build()
+        assert list(cluster.status().pools) == ["head-node", "demo-01-wrkrs"]
+        assert {name: found.pool for name, found in cluster.get_logs().items()} == {
+            "head-node": "head-node",
+            "worker-nodes-01-00001": "demo-01-wrkrs",
+        }
+        assert list(cluster.get_logs("head-node")) == ["head-node"]
+        assert list(cluster.get_logs("demo-01-wrkrs")) == ["worker-nodes-01-00001"]
+
+
+def test_attached_while_it_is_built(platform, state_directory, monkeypatch):
+    """A cluster that is being built elsewhere is a running one when it has been built."""
+    monkeypatch.setattr(watch, "SECONDS", 0.05)
+    platform.backend.boot_delay = 1.0
+    cluster = make(platform)
+    cluster.add_worker_pool("test/small", None, 2, "w")
+    with ThreadPoolExecutor(1) as threads:
+        building = threads.submit(cluster.build)
+        eventually(lambda: list(state_directory.glob("*.json")))
+        (path,) = state_directory.glob("*.json")
+        other = attach(path)
+        assert other.status().phase == "built in part only"
+        building.result(20)
+    cluster.detach()
+    status = other.status()
+    assert status.phase == "running"
+    assert status.head_private_ip == cluster.head_node_private_ip is not None
+    assert status.drift == ()
+    other.scale_worker_pool("w", 3)
+    assert other.wait_for_workers(timeout=10) == 3
+    # It watches the head from now on.
+    let_exit(platform, "head-node", 1)
+    eventually(lambda: ", shut down, because" in repr(other))
+    assert platform.running() == []
     cluster.shut_down()
 
 

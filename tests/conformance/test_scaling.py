@@ -75,6 +75,23 @@ def test_down(platform, cluster):
     assert status.drift == ()
 
 
+@pytest.mark.parametrize("back", [3, 2])
+def test_down_and_soon_up_again(platform, cluster, back):
+    """Workers that are still on their way out do not count, and others come in their place."""
+    platform.backend.stop_delay = 0.5
+    cluster.scale_worker_pool(GROUP, 1)
+    assert numbers(platform, "EXECUTING") == [1, 2, 3]
+    assert cluster.wait_for_workers(timeout=10) == cluster.status().executing_workers == 1
+    cluster.scale_worker_pool(GROUP, back)
+    assert numbers(platform, "EXECUTING")[:3] == [1, 2, 3]
+    assert cluster.wait_for_workers(timeout=10) == back
+    eventually(lambda: len(numbers(platform, "ABORTED")) == 2)
+    assert cluster.wait_for_workers(timeout=10) == back
+    assert numbers(platform, "EXECUTING") == [1, 4, 5][:back]
+    eventually(lambda: nodes(platform, POOL) == back)
+    assert cluster.status().healthy
+
+
 def test_to_zero_and_up_again(platform, cluster):
     """A pool without nodes is still there, costs nothing, and gets nodes again."""
     cluster.scale_worker_pool(GROUP, 0)

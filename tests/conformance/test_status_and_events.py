@@ -147,6 +147,31 @@ def test_reasons_of_failed_nodes(platform, code, said):
         )
 
 
+def test_a_worker_that_was_cancelled(platform):
+    """A task that somebody has cancelled has not failed; its node is missing until the pool is scaled."""
+    with make(platform) as cluster:
+        cluster.add_worker_pool("test/small", None, 2)
+        cluster.build(SHORT)
+        assert cluster.wait_for_workers(timeout=10) == 2
+        assert cluster.status().healthy
+        task = platform.call(
+            lambda: next(
+                task.id
+                for task in platform.core.scheduler.tasks.values()
+                if task.spec.name == f"{GROUP}-00001"
+            )
+        )
+        cluster.yd_client.work_client.cancel_task_by_id(task, abort=True)
+        eventually(lambda: cluster.status().executing_workers == 1)
+        status = cluster.status()
+        assert not status.healthy
+        assert (status.pools[GROUP].missing, status.failed_workers) == (1, 0)
+        assert f"Missing: 1 of 2 nodes of {GROUP}: their tasks have ended" in str(status)
+        cluster.scale_worker_pool(GROUP, 2)
+        assert cluster.wait_for_workers(timeout=10) == 2
+        assert cluster.status().healthy
+
+
 def test_a_pool_that_can_give_no_nodes(platform):
     """A pool whose machines cannot boot says why, and the other pools' counts are not touched by it."""
     with make(platform) as cluster:

@@ -496,7 +496,7 @@ def observe(agent, until: str, **environment: str) -> str:
         "observability",
         RAYDOG_NODE_IP="10.1.2.4",
         PATH=f"{agent.home}/venv/bin:{os.environ['PATH']}",
-        **{"RAY_HEAD_IP": "10.1.2.3", **environment},
+        **{"RAY_HEAD_IP": "127.1.2.3", **environment},
     )
     agent.wait_for_call(until)
     process.terminate()
@@ -515,7 +515,7 @@ def test_observability(agent):
     config = yaml.safe_load((agent.home / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
     (discovery,) = job["http_sd_configs"]
-    assert discovery["url"] == f"http://10.1.2.3:{ports.DASHBOARD}/api/prometheus/sd"
+    assert discovery["url"] == f"http://127.1.2.3:{ports.DASHBOARD}/api/prometheus/sd"
     assert discovery["authorization"] == {"type": "Bearer", "credentials_file": f"{agent.home}/ray-token"}
     token = agent.home / "ray-token"
     assert token.read_text() == "t0k"
@@ -526,13 +526,62 @@ def test_observability(agent):
 
 def test_observability_without_a_token(agent):
     """Where the cluster has no token Prometheus shows none; addresses of IPv6 are put in brackets."""
-    output = observe(agent, "prometheus --config.file", RAY_HEAD_IP="fd00::3")
+    output = observe(agent, "prometheus --config.file", RAY_HEAD_IP="::1")
     config = yaml.safe_load((agent.home / "prometheus.yml").read_text())
     (discovery,) = config["scrape_configs"][0]["http_sd_configs"]
     assert "authorization" not in discovery
-    assert discovery["url"] == "http://[fd00::3]:8265/api/prometheus/sd"
+    assert discovery["url"] == "http://[::1]:8265/api/prometheus/sd"
     assert not (agent.home / "ray-token").exists()
     assert output.endswith("Observability stopped\n")
+
+
+def test_observability_leaves_when_the_head_is_gone(agent):
+    """The node goes on while the head listens, and fails, saying why, when it does not any more."""
+    agent.install("prometheus", PROMETHEUS)
+    environment = {
+        "RAYDOG_NODE_IP": "10.1.2.4",
+        "RAYDOG_HEAD_GONE_SECONDS": "1",
+        "PATH": f"{agent.home}/venv/bin:{os.environ['PATH']}",
+    }
+    address = f"127.{os.getpid() % 200 + 20}.77.3"
+    process = agent.start("observability", RAY_HEAD_IP=address, **environment)
+    agent.wait_for_call("prometheus --config.file")
+    # The head may come up long after this node.
+    time.sleep(1.5)
+    assert process.poll() is None
+    with listening(address):
+        time.sleep(2)
+        assert process.poll() is None
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=10)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 1
+    assert (
+        f"This node leaves: the Ray head at {address} port 6379 has not accepted a connection for" in output
+    )
+    assert output.endswith("Observability stopped\n")
+    assert eventually(lambda: processes_in(agent.home) == [])
+
+
+def test_observability_gives_up(agent):
+    """Where the head never listens, the node ends too."""
+    agent.install("prometheus", PROMETHEUS)
+    path = f"{agent.home}/venv/bin:{os.environ['PATH']}"
+    waiting = {"RAY_HEAD_IP": "127.0.0.98", "RAYDOG_HEAD_WAIT_SECONDS": "1"}
+    process = agent.start("observability", RAYDOG_NODE_IP="10.1.2.4", PATH=path, **waiting)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "127.0.0.98 port 6379 did not listen within 1 s" in output
+    assert eventually(lambda: processes_in(agent.home) == [])
+
+
+def test_observability_ends_with_prometheus(agent):
+    """Where Prometheus ends, so does the task, with its exit status."""
+    agent.install("prometheus", "#!/bin/bash\nexit 7\n")
+    path = f"{agent.home}/venv/bin:{os.environ['PATH']}"
+    process = agent.start("observability", RAY_HEAD_IP="127.0.0.98", RAYDOG_NODE_IP="10.1.2.4", PATH=path)
+    process.communicate(timeout=20)
+    assert process.returncode == 7
 
 
 def test_grafana_is_set_up_as_its_documentation_says(agent):

@@ -73,6 +73,8 @@ def test_sums_count_the_worker_pools_alone():
         (with_pool(replace(SMALL, failed=failures(2), unfinished=3)), False),
         (with_pool(replace(SMALL, failed=failures(2), unfinished=4)), True),
         (with_pool(replace(SMALL, failed=failures(2), unfinished=5)), True),
+        # Somebody has cancelled one.
+        (with_pool(replace(SMALL, unfinished=3)), False),
         (with_pool(replace(SMALL, problem="no capacity")), False),
     ],
 )
@@ -107,6 +109,12 @@ def test_many_failures_stay_short(count):
     assert ("more of" in text) == (count > 3)
     assert len(status._repr_html_()) < 3000
     assert len(status.to_dict()["pools"]["small"]["failed"]) == count
+
+
+def test_missing_nodes_are_said():
+    """A task that was cancelled has not failed, and nobody comes in its place."""
+    status = with_pool(replace(SMALL, failed=failures(1), unfinished=2))
+    assert "  Missing: 2 of 4 nodes of small: their tasks have ended" in str(status).splitlines()
 
 
 def test_json():

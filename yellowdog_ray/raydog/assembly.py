@@ -222,6 +222,12 @@ class Assembly:
         crew.start(append_group)
         crew.finish(f"the worker pool {pool.plan.name} has not been added")
         self.note_pools(pool)
+        if self.journal is not None and not self.journal.path.exists():
+            # Nothing would lead to the pool, and whoever has ended the cluster does not look for it any more.
+            raise ClusterStateError(
+                f"the worker pool {pool.plan.internal_name!r} is taken back: another process has shut the "
+                f"cluster down meanwhile, or removed its state file {self.journal.path}"
+            )
         if self.journal is not None and self.journal.state.pool(pool.plan.name) is None:
             raise _removed_meanwhile(pool)
 
@@ -304,7 +310,7 @@ class Assembly:
         before: list[int] = []
         with self._requirement_lock:
             if self.journal is not None:
-                self.journal.update(reserve)
+                self.journal.update(reserve, revive=False)
             else:
                 before.append(pool.tasks_counted)
                 pool.tasks_counted += count

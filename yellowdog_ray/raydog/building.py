@@ -146,7 +146,16 @@ class ClusterBuilding(ClusterEnding):
             except TunnelError as error:
                 raise BuildError(f"The head cannot be asked whether Ray is well: {error}") from error
 
+    def _synchronise(self) -> None:
+        with self._lock:
+            before = self._phase
+            super()._synchronise()
+            if before is Phase.PARTIAL and self._phase is Phase.RUNNING:
+                self._begin_watch()
+
     def _begin_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
         if self._assembly is not None:
             built = self._assembly
             self._watch = HeadWatch(

@@ -153,6 +153,14 @@ class ClusterCore:
             if journal is None or built is None or self._phase in (Phase.NEW, Phase.BUILDING, Phase.ENDED):
                 return
             state = journal.refresh()
+            if self._phase is Phase.PARTIAL and state.status == "running":
+                # The process that was building it has come to its end.
+                self._phase = Phase.RUNNING
+                built.work_requirement_id = state.work_requirement_id
+                for special in built.pools([]):
+                    there = state.pool(special.plan.name)
+                    if there is not None:
+                        special.take(there)
             self._pools_counted = max(self._pools_counted, state.worker_pools_counted)
             present = {pool.name: pool for pool in state.pools}
             for name, pool in list(self._pools.items()):

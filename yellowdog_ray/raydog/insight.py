@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.assembly import Assembly
 from yellowdog_ray.raydog.core import Phase
 from yellowdog_ray.raydog.logs import NodeLog
-from yellowdog_ray.raydog.pools import BuiltPool
+from yellowdog_ray.raydog.pools import BuiltPool, named_pools
 from yellowdog_ray.raydog.reach import Reach
 from yellowdog_ray.raydog.record import ClusterRecord
 from yellowdog_ray.raydog.specs import (
@@ -127,7 +128,8 @@ class ClusterInsight(ClusterRecord):
         what was kept in ``keep_logs``, and the end of it where the platform itself has it; where there is
         nothing, the answer says so.
 
-        :param internal_name: of one pool only; ``"head-node"`` and ``"observability-node"`` are the others'.
+        :param internal_name: of one pool only, by its name in :meth:`status`; ``"head-node"`` and
+            ``"observability-node"`` are not workers'.
         :param max_bytes: how much of the end of each.
         :raises ClusterStateError: where there is no such pool, or before :meth:`build`.
         :raises PlatformError: where the platform cannot be asked for the tasks.
@@ -137,13 +139,15 @@ class ClusterInsight(ClusterRecord):
             built = self._assembly
             if built is None:
                 raise ClusterStateError(f"there is no output: the cluster is {self._life}")
-            pools = {pool.plan.internal_name: pool for pool in built.pools(self._workers)}
+            pools = named_pools(built.pools(self._workers))
         found = {} if self._keep_logs is None else logs.kept(self._keep_logs / self._spec.name, self._created)
         if self._phase is not Phase.ENDED:
-            wanted = [pool for name, pool in pools.items() if internal_name in (None, name)]
-            for fresh in logs.collect(self._platform, self._way(), wanted, max_bytes):
-                if fresh.text is not None or fresh.task not in found:
-                    found[fresh.task] = fresh
+            for name, pool in pools.items():
+                if internal_name not in (None, name):
+                    continue
+                for fresh in logs.collect(self._platform, self._way(), [pool], max_bytes):
+                    if fresh.text is not None or fresh.task not in found:
+                        found[fresh.task] = replace(fresh, pool=name)
         if internal_name is not None:
             found = {task: text for task, text in found.items() if text.pool == internal_name}
             if not found and internal_name not in pools:

@@ -63,10 +63,12 @@ class _Entry:
     """A change that is to be written, and why it was not possible.
 
     :param keep: whether it goes with the next one where it cannot be written.
+    :param revive: whether it brings a file back that is gone.
     """
 
     change: Change
     keep: bool
+    revive: bool
     error: RayDogError | None = None
     written: bool = False
 
@@ -93,6 +95,8 @@ class Journal:
     def __init__(self, path: Path, state: ClusterState) -> None:
         self.path = path
         self._state = state
+        # Whether there has been a file: one that is begun for a saved copy comes with the first change.
+        self._begun = False
         self._pending: list[_Entry] = []
         self._pending_lock = threading.Lock()
         self._write_lock = threading.RLock()
@@ -128,7 +132,9 @@ class Journal:
         :raises StateError: where it is not the saved state of a cluster.
         :raises OSError: where it cannot be read.
         """
-        return cls(path.absolute(), ClusterState.load(path))
+        journal = cls(path.absolute(), ClusterState.load(path))
+        journal._begun = True
+        return journal
 
     @property
     def state(self) -> ClusterState:
@@ -148,16 +154,18 @@ class Journal:
         """Tell whether another process ends the cluster, or has done so."""
         return self.refresh().status == "ending" or not self.path.exists()
 
-    def update(self, change: Change) -> ClusterState:
+    def update(self, change: Change, *, revive: bool = True) -> ClusterState:
         """Change the state, and return when the change is on the disk.
 
         Threads that come while another one writes have their changes written together.
 
         :param change: called with the state in the file; what it raises is raised here, and nothing changed.
+        :param revive: whether a file that is gone, by another process that has ended the cluster or by
+            somebody, comes back for it. Else it is remembered here.
         :returns: the state as it is then.
         :raises StateError: where it cannot be written; then nothing has changed.
         """
-        return self._enter(_Entry(change, keep=False))
+        return self._enter(_Entry(change, keep=False, revive=revive))
 
     def note(self, change: Change) -> None:
         """Make a change without which the file is still enough.
@@ -165,7 +173,7 @@ class Journal:
         That it cannot be written is only logged; it goes with the next change then.
         """
         try:
-            self._enter(_Entry(change, keep=True))
+            self._enter(_Entry(change, keep=True, revive=False))
         except StateError as error:
             log.warning("%s", error)
 
@@ -230,7 +238,7 @@ class Journal:
                     # only for something new; what is known here goes in then. A build whose file is gone has
                     # been shut down by another process, and may not go on.
                     state = self._state
-                    needed = any(not entry.keep for entry in entries)
+                    needed = any(entry.revive or not (entry.keep or self._begun) for entry in entries)
                     if state.status == "building":
                         state = state.but(status="ending")
                 for entry in entries:
@@ -249,7 +257,7 @@ class Journal:
                 entry.error = reason
             with self._pending_lock:
                 self._pending = [
-                    _Entry(entry.change, True) for entry in entries if entry.keep
+                    _Entry(entry.change, keep=True, revive=False) for entry in entries if entry.keep
                 ] + self._pending
 
     def _cannot_be_written(self, error: OSError) -> StateError:
@@ -257,6 +265,7 @@ class Journal:
 
     def _write(self, state: ClusterState) -> None:
         state.but(saved=datetime.now(timezone.utc)).save(self.path)
+        self._begun = True
 
     def _check_free(self) -> None:
         try:

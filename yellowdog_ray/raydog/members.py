@@ -73,7 +73,7 @@ class ClusterMembers(ClusterSessions):
             internal_name=worker_pool_internal_name,
         )
         self._synchronise()
-        self._check_not_ended_elsewhere()
+        self._check_not_ended_elsewhere("no worker pool can be added")
         with self._lock:
             if self._phase not in (Phase.NEW, Phase.RUNNING):
                 raise ClusterStateError(f"no worker pool can be added: the cluster is {self._life}")
@@ -118,7 +118,7 @@ class ClusterMembers(ClusterSessions):
         finally:
             self._close_display()
 
-    def _check_not_ended_elsewhere(self) -> None:
+    def _check_not_ended_elsewhere(self, otherwise: str) -> None:
         """Raise where the state file of the running cluster is gone because another process has ended it."""
         journal, built = self._journal, self._assembly
         if self._phase is not Phase.RUNNING or journal is None or built is None or journal.path.exists():
@@ -128,7 +128,7 @@ class ClusterMembers(ClusterSessions):
         except NotFoundError:
             status = None
         if status is None or status.finished:
-            raise ClusterStateError("no worker pool can be added: another process has shut the cluster down")
+            raise ClusterStateError(f"{otherwise}: another process has shut the cluster down")
 
     def _reserve(self, make_plan: Callable[..., plan.PoolPlan], journal: Journal | None) -> BuiltPool:
         """Give a worker pool its number and names, and write them down where the cluster is running.
@@ -145,10 +145,16 @@ class ClusterMembers(ClusterSessions):
                     "no worker pool can be added: another process is shutting the cluster down"
                 )
             counted = max(self._pools_counted, state.worker_pools_counted if state is not None else 0)
+            taken = {*self._pools, *self._unfinished}
+            if state is not None:
+                taken.update(pool.internal_name for pool in state.pools)
             planned: plan.PoolPlan = make_plan(number=counted + 1)
+            while planned.internal_name == planned.group and planned.internal_name in taken:
+                # Somebody has given this name to another pool.
+                counted += 1
+                planned = make_plan(number=counted + 1)
             name = planned.internal_name
-            taken = [pool.internal_name for pool in state.pools] if state is not None else []
-            if name in self._pools or name in self._unfinished or name in taken:
+            if name in taken:
                 raise SpecError(f"worker_pool_internal_name: there already is a worker pool {name!r}")
             self._pools_counted = counted + 1
             reserved.append(BuiltPool(planned))
@@ -200,6 +206,7 @@ class ClusterMembers(ClusterSessions):
         self._remove(internal_name)
 
     def _remove(self, name: str) -> None:
+        self._check_not_ended_elsewhere("no worker pool can be removed")
         with self._lock:
             pool = self._find_pool(name)
             if self._phase is Phase.NEW:
@@ -236,6 +243,7 @@ class ClusterMembers(ClusterSessions):
         least = 1 if self._phase is Phase.NEW else 0
         count = check_count(node_count, "node_count", MAX_NODES, least, "what YellowDog allows in a pool")
         self._synchronise()
+        self._check_not_ended_elsewhere("no worker pool can be scaled")
         with self._lock:
             pool = self._find_pool(internal_name)
             if self._phase is Phase.NEW:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from yellowdog_ray.raydog.plan import PoolPlan
 from yellowdog_ray.raydog.specs import NodeSpec
 from yellowdog_ray.raydog.state import PoolState
 from yellowdog_ray.raydog.teardown import PoolTarget
 
-__all__ = ["BuiltPool"]
+if TYPE_CHECKING:
+    from yellowdog_client.model import Task
+
+    from yellowdog_ray.raydog.platform import Platform
+    from yellowdog_ray.raydog.transport import Operation
+
+__all__ = ["BuiltPool", "named_pools", "staying_tasks", "unfinished_tasks"]
 
 
 @dataclass
@@ -82,3 +90,25 @@ class BuiltPool:
         self.private_ip = self.private_ip or state.private_ip
         self.public_ip = self.public_ip or state.public_ip
         self.node_count, self.tasks_counted = state.node_count, max(self.tasks_counted, state.tasks_counted)
+
+
+def named_pools(pools: Iterable[BuiltPool]) -> dict[str, BuiltPool]:
+    """Map internal names to pools, of which the special ones come first.
+
+    A user may have called a worker pool ``head-node``: it goes by its name on the platform.
+    """
+    named: dict[str, BuiltPool] = {}
+    for pool in pools:
+        named[pool.plan.name if pool.plan.internal_name in named else pool.plan.internal_name] = pool
+    return named
+
+
+def unfinished_tasks(platform: Platform, pool: BuiltPool, operation: Operation) -> list[Task]:
+    """List a pool's tasks that have not ended."""
+    tasks = platform.tasks(str(pool.group_id), operation)
+    return [task for task in tasks if task.status is None or not task.status.finished]
+
+
+def staying_tasks(platform: Platform, pool: BuiltPool, operation: Operation) -> list[Task]:
+    """List a pool's tasks that have not ended and are not being aborted, which takes a while."""
+    return [task for task in unfinished_tasks(platform, pool, operation) if task.abortRequestedTime is None]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from yellowdog_ray.errors import ClusterStateError, PlatformError, TeardownError
 from yellowdog_ray.raydog import plan
 from yellowdog_ray.raydog.assembly import Assembly
-from yellowdog_ray.raydog.pools import BuiltPool
+from yellowdog_ray.raydog.pools import BuiltPool, unfinished_tasks
 from yellowdog_ray.raydog.transport import Operation, already_gone
 from yellowdog_ray.raydog.undo import add_note, cancel_all
 
@@ -28,25 +28,19 @@ def scale(assembly: Assembly, pool: BuiltPool, count: int, operation: Operation)
 
     :raises RayDogError: what went wrong.
     """
-    unfinished = _unfinished(assembly, pool, operation)
-    if count < len(unfinished):
-        _shrink(assembly, pool, unfinished, count, operation)
-    elif count > len(unfinished):
+    unfinished = unfinished_tasks(assembly.platform, pool, operation)
+    # Those that are being aborted, perhaps since it was scaled down a moment ago, are not to be relied on.
+    staying = [task for task in unfinished if task.abortRequestedTime is None]
+    if count > len(staying):
         before = pool.node_count
         try:
-            _grow(assembly, pool, count, count - len(unfinished), operation)
+            _grow(assembly, pool, count, count - len(staying), operation)
         except BaseException as error:
             _take_back(assembly, pool, {task.id for task in unfinished}, before, error)
             raise
     else:
         # There may be idle nodes, of tasks that have ended.
-        _resize(assembly, pool, count, operation)
-        _set_count(assembly, pool, count)
-
-
-def _unfinished(assembly: Assembly, pool: BuiltPool, operation: Operation) -> list[Task]:
-    tasks = assembly.platform.tasks(str(pool.group_id), operation)
-    return [task for task in tasks if task.status is None or not task.status.finished]
+        _shrink(assembly, pool, staying, count, operation)
 
 
 def _grow(assembly: Assembly, pool: BuiltPool, count: int, more: int, operation: Operation) -> None:
@@ -64,12 +58,12 @@ def _grow(assembly: Assembly, pool: BuiltPool, count: int, more: int, operation:
 
 
 def _shrink(
-    assembly: Assembly, pool: BuiltPool, unfinished: list[Task], count: int, operation: Operation
+    assembly: Assembly, pool: BuiltPool, staying: list[Task], count: int, operation: Operation
 ) -> None:
     """End the tasks that are too many and give their nodes back; those that run nothing yet go first."""
-    newest_first = sorted(unfinished, key=lambda task: task.name or "", reverse=True)
+    newest_first = sorted(staying, key=lambda task: task.name or "", reverse=True)
     newest_first.sort(key=lambda task: task.status is not None and task.status.name == "EXECUTING")
-    leaving = newest_first[: len(unfinished) - count]
+    leaving = newest_first[: len(staying) - count]
     _end(assembly, pool, leaving, count, operation)
     _set_count(assembly, pool, count)
 
@@ -105,7 +99,8 @@ def _take_back(
 ) -> None:
     operation = Operation(30.0)
     try:
-        added = [task for task in _unfinished(assembly, pool, operation) if task.id not in before]
+        unfinished = unfinished_tasks(assembly.platform, pool, operation)
+        added = [task for task in unfinished if task.id not in before]
         _end(assembly, pool, added, count, operation)
     except Exception as left:
         add_note(error, f"What had been added to {pool.plan.internal_name} could not be taken back: {left}")

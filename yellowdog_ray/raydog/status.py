@@ -49,7 +49,8 @@ class PoolStatus:
     :param failed: its tasks that have ended, with the reasons.
     :param status: the pool's own status on the platform, such as ``"RUNNING"``; None where it is not known.
     :param problem: why it can give no more nodes; None where it can.
-    :param unfinished: how many of its tasks execute or wait for a node; None where that is not known.
+    :param unfinished: how many of its tasks execute or wait for a node, and are not about to end; None where
+        that is not known.
     """
 
     name: str
@@ -66,9 +67,11 @@ class PoolStatus:
 
     @property
     def missing(self) -> int:
-        """How many nodes have failed and have not been replaced."""
+        """How many nodes it is to have without a task: theirs has ended, and was not replaced."""
+        if self.unfinished is None:
+            return min(len(self.failed), self.wanted)
         # While a pool grows there are more tasks than it is to have yet.
-        return min(len(self.failed), max(0, self.wanted - (self.unfinished or 0)))
+        return max(0, self.wanted - self.unfinished)
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,11 @@ class ClusterStatus:
             if pool.problem is not None:
                 notes.append(f"Problem of {one_line(pool.internal_name)}: {one_line(pool.problem)}")
         for pool in pools:
+            if pool.missing > len(pool.failed):
+                name = one_line(pool.internal_name)
+                notes.append(
+                    f"Missing: {pool.missing} of {pool.wanted} nodes of {name}: their tasks have ended"
+                )
             for failure in pool.failed[:_FAILURES_SHOWN]:
                 node = "" if failure.node_id is None else f" (node {one_line(failure.node_id)})"
                 notes.append(f"Failed: {one_line(failure.task)}{node}: {one_line(failure.reason)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import NotFoundError, RayDogError
 from yellowdog_ray.raydog.platform import Platform, task_failure
-from yellowdog_ray.raydog.pools import BuiltPool
+from yellowdog_ray.raydog.pools import BuiltPool, named_pools, staying_tasks
 from yellowdog_ray.raydog.status import ClusterStatus, NodeFailure, PoolStatus
 from yellowdog_ray.raydog.transport import Operation
 
@@ -49,10 +49,8 @@ def survey(
     by_name = {summary.name: summary for summary in compute.values()}
     groups = {group.name: group for group in (requirement.taskGroups or [] if requirement else [])}
     statuses = {}
-    for pool in pools:
+    for key, pool in named_pools(pools).items():
         status = _pool(platform, pool, there, groups.get(pool.plan.group), operation, drift)
-        # A user may have called a worker pool "head-node".
-        key = pool.plan.name if pool.plan.internal_name in statuses else pool.plan.internal_name
         statuses[key] = status
         summary = by_name.get(pool.plan.name)
         drift += _ended(status, there.get(str(pool.id)), summary)
@@ -105,6 +103,12 @@ def _pool(
     summary = there.get(str(pool.id))
     counts = (group.taskSummary.statusCounts if group is not None and group.taskSummary else None) or {}
     executing = sum(number for status, number in counts.items() if status.name == "EXECUTING")
+    # The platform leaves the counts out until there is something to count.
+    unfinished = sum(number for status, number in counts.items() if not status.finished) if counts else None
+    if unfinished is not None and unfinished > pool.node_count:
+        staying = staying_tasks(platform, pool, operation)
+        executing = sum(task.status is not None and task.status.name == "EXECUTING" for task in staying)
+        unfinished = len(staying)
     failed: tuple[NodeFailure, ...] = ()
     if group is None:
         drift.append(f"the work requirement has no task group {pool.plan.group}")
@@ -127,7 +131,7 @@ def _pool(
         failed=failed,
         status=None if summary is None or summary.status is None else str(summary.status),
         problem=problem,
-        unfinished=sum(number for status, number in counts.items() if not status.finished),
+        unfinished=unfinished,
     )
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from yellowdog_ray.errors import NotFoundError, PlatformError, RayDogError, WaitTimeoutError
+from yellowdog_ray.errors import NotFoundError, PlatformError, RayDogError, TunnelError, WaitTimeoutError
 from yellowdog_ray.raydog import events
 from yellowdog_ray.raydog.platform import Platform, task_failure
-from yellowdog_ray.raydog.pools import BuiltPool
+from yellowdog_ray.raydog.pools import BuiltPool, unfinished_tasks
 from yellowdog_ray.raydog.transport import Operation, Pause
 
 if TYPE_CHECKING:
-    from yellowdog_client.model import WorkRequirement
+    from yellowdog_client.model import Task, WorkRequirement
 
-    from yellowdog_ray.raydog.reach import Reach
+    from yellowdog_ray.raydog.reach import RayNode, Reach
 
 __all__ = ["Wait", "WorkerCount", "wait_for_ray"]
 
@@ -25,6 +29,12 @@ log = logging.getLogger(__name__)
 _LOOK_FOR_REASONS = 1.0
 # For how long Ray on the head may give no answer, with all tasks executing, before the tasks are what counts.
 _RAY_PATIENCE = 120.0
+# After which time without an answer that is said, while it is waited on: the head may just not be up yet.
+_SAY_SILENCE = 10.0
+# How long an answer may take at least, however little time is left.
+_SHORTEST_ASK = 1.0
+# Ray lists a node that is gone without a word as alive for 30 s. Those that it lists for longer are there.
+_STALE = 45.0
 
 Source = Literal["ray", "tasks"]
 
@@ -53,15 +63,26 @@ class _Tally:
 
     :param failed: pools of which a worker's task has ended.
     :param missing: pools of which a worker's task does not execute yet, and how many those are.
+    :param leaving: the ids of nodes of which the task is being aborted.
     """
 
     executing: int = 0
     coming: int = 0
     failed: list[BuiltPool] = field(default_factory=list)
     missing: list[tuple[BuiltPool, int]] = field(default_factory=list)
+    leaving: set[str | None] = field(default_factory=set)
 
 
-def _tally(requirement: WorkRequirement, pools: Iterable[BuiltPool]) -> _Tally:
+def _tally(
+    requirement: WorkRequirement,
+    pools: Iterable[BuiltPool],
+    list_unfinished: Callable[[BuiltPool], list[Task]],
+) -> _Tally:
+    """Count the workers.
+
+    :param list_unfinished: lists the tasks of a pool that have not ended, for which is asked where there are
+        more than it is to have: some of them are being aborted then.
+    """
     tally = _Tally()
     groups = {group.name: group for group in requirement.taskGroups or []}
     for pool in pools:
@@ -71,6 +92,12 @@ def _tally(requirement: WorkRequirement, pools: Iterable[BuiltPool]) -> _Tally:
         executing = sum(number for status, number in counts.items() if status.name == "EXECUTING")
         ended = sum(number for status, number in counts.items() if status.finished)
         unfinished = sum(counts.values()) - ended
+        if unfinished > pool.node_count:
+            tasks = list_unfinished(pool)
+            staying = [task for task in tasks if task.abortRequestedTime is None]
+            executing = sum(task.status is not None and task.status.name == "EXECUTING" for task in staying)
+            unfinished = len(staying)
+            tally.leaving |= {task.nodeId for task in tasks if task.abortRequestedTime is not None}
         # Of a pool that was scaled down or up, tasks have ended that nobody misses.
         coming = max(0, (unfinished if counts else pool.node_count) - executing)
         tally.executing += executing
@@ -101,6 +128,11 @@ class Wait:
     emit: events.Emitter
     reach: Reach | None = None
     _ray_silent_since: float | None = None
+    _unanswered_since: float | None = None
+    _unanswered: Exception | None = None
+    _said_silence: bool = False
+    _doubtful_since: float | None = None
+    _addresses: tuple[object, set[str]] = ((), set())
     _said: tuple[int, Source] | None = None
 
     def run(self) -> WorkerCount:
@@ -113,7 +145,9 @@ class Wait:
         next_reasons = _LOOK_FOR_REASONS
         while True:
             requirement = self.platform.work_requirement(self.work_requirement_id, self.operation)
-            tally = _tally(requirement, self.pools)
+            tally = _tally(
+                requirement, self.pools, lambda pool: unfinished_tasks(self.platform, pool, self.operation)
+            )
             have = self._count(tally)
             if self._said != (have, have.source):
                 self._said = (int(have), have.source)
@@ -122,6 +156,12 @@ class Wait:
                 return have
             unit = "workers are alive in Ray" if have.source == "ray" else "workers are executing"
             there = f"{have} of {self.count} {unit} after {self.operation.elapsed:.1f} s"
+            if self._unanswered is not None and have.source == "ray":
+                there = (
+                    f"{tally.executing} of {self.count} workers are executing after "
+                    f"{self.operation.elapsed:.1f} s, and Ray on the head cannot be asked which of them have "
+                    f"joined it ({str(self._unanswered).rstrip('.')})"
+                )
             over = requirement.status is not None and requirement.status.finished
             if over or tally.executing + tally.coming < self.count:
                 reasons = self._failures(tally.failed) or [f"the work requirement is {requirement.status}"]
@@ -131,10 +171,12 @@ class Wait:
                 self._check_reasons(tally, there)
             if self.operation.expired:
                 waiting = ", ".join(pool.plan.internal_name for pool, _ in tally.missing)
+                if waiting:
+                    raise WaitTimeoutError(f"{there}; still waiting for workers of {waiting}")
+                if self._unanswered is not None:
+                    raise WaitTimeoutError(there)
                 raise WaitTimeoutError(
-                    f"{there}; still waiting for workers of {waiting}"
-                    if waiting
-                    else f"{there}; all tasks are executing, and Ray on some has not joined the head: "
+                    f"{there}; all tasks are executing, and Ray on some has not joined the head: "
                     "get_logs() shows what they print"
                 )
             pause.sleep()
@@ -143,9 +185,10 @@ class Wait:
         if self.reach is None:
             return WorkerCount(tally.executing, "tasks")
         try:
-            nodes = self.reach.ray_nodes()
+            nodes = self._ask(self.reach)
         except (RayDogError, OSError) as error:
             elapsed = self.operation.elapsed
+            self._note_unanswered(error)
             if tally.executing < self.count:
                 self._ray_silent_since = None
             elif self._ray_silent_since is None:
@@ -154,8 +197,77 @@ class Wait:
                 log.warning("Ray on the head cannot be asked, so that the tasks are counted: %s", error)
                 return WorkerCount(tally.executing, "tasks")
             return WorkerCount(0, "ray")
-        self._ray_silent_since = None
-        return WorkerCount(sum(node.alive and not node.is_head for node in nodes), "ray")
+        self._ray_silent_since = self._unanswered_since = self._unanswered = None
+        return WorkerCount(
+            self._joined([node for node in nodes if node.alive and not node.is_head], tally), "ray"
+        )
+
+    def _ask(self, reach: Reach) -> list[RayNode]:
+        """Ask Ray for its nodes. An answer that comes when the time is over is not waited for."""
+        left = self.operation.remaining
+        if left is None:
+            return reach.ray_nodes()
+        answer: Future[list[RayNode]] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(reach.ray_nodes())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, name="raydog-ask-ray", daemon=True).start()
+        seconds = max(left, _SHORTEST_ASK)
+        try:
+            return answer.result(seconds)
+        except FutureTimeoutError:
+            if answer.done():
+                raise
+            raise TunnelError(f"The head has not answered within {seconds:.1f} s") from None
+
+    def _note_unanswered(self, error: Exception) -> None:
+        elapsed = self.operation.elapsed
+        if self._unanswered_since is None:
+            self._unanswered_since = elapsed
+        # That the time was over says less than what was said before.
+        if self._unanswered is None or not self.operation.expired:
+            self._unanswered = error
+        if elapsed - self._unanswered_since >= _SAY_SILENCE and not self._said_silence:
+            self._said_silence = True
+            log.warning("Ray on the head cannot be asked for its workers yet: %s", error)
+
+    def _joined(self, alive: Sequence[RayNode], tally: _Tally) -> int:
+        """Count the Ray nodes that are workers of these pools, and not of a machine that is gone."""
+        count = min(len(alive), tally.executing)
+        if not count or count < self.count:
+            self._doubtful_since = None
+            return count
+        addresses = self._living_addresses(tally, alive)
+        known = min(tally.executing, len(addresses & {node.address for node in alive}))
+        if known >= self.count:
+            return known
+        # Ray on a machine with several addresses may have chosen another one than the platform tells.
+        elapsed = self.operation.elapsed
+        if self._doubtful_since is None:
+            self._doubtful_since = elapsed
+        return known if elapsed - self._doubtful_since < _STALE else count
+
+    def _living_addresses(self, tally: _Tally, alive: Sequence[RayNode]) -> set[str]:
+        """List the addresses of the pools' nodes that live and stay; anew when something has changed."""
+        known = (tally.executing, tally.leaving, {node.node_id for node in alive})
+        if self._addresses[0] != known:
+            listing = [
+                self.platform.submit(partial(self.platform.nodes, str(pool.id), self.operation))
+                for pool in self.pools
+            ]
+            found = {
+                node.details.privateIpAddress
+                for future in listing
+                for node in future.result()
+                if node.details is not None and (node.status is None or node.status.active)
+                if node.id not in tally.leaving
+            }
+            self._addresses = known, {address for address in found if address}
+        return self._addresses[1]
 
     def _check_reasons(self, tally: _Tally, there: str) -> None:
         self._check_head(there)

@@ -1,13 +1,15 @@
 #!/bin/bash
 # The task of a RayDog cluster's observability node: runs Prometheus, and Grafana where it is installed,
-# until the task is aborted or Prometheus ends.
+# until the task is aborted, Prometheus ends, or the head is gone or never comes. Then it fails, and says why.
 #
 # Reads from its environment:
-#   RAY_HEAD_IP       the head's private address
-#   RAYDOG_NODE_IP    the node's own private address; Prometheus and Grafana listen there and nowhere else
-#   RAY_AUTH_TOKEN    the cluster's token, where it is protected by one
-#   YD_AGENT_HOME     set by the YellowDog agent; where there is a Ray in its venv, Grafana gets Ray's dashboards
-#   GRAFANA_HOME      where Grafana's own files are; /usr/share/grafana if it is not set
+#   RAY_HEAD_IP                the head's private address
+#   RAYDOG_NODE_IP             the node's own private address, at which alone Prometheus and Grafana listen
+#   RAY_AUTH_TOKEN             the cluster's token, where it is protected by one
+#   RAYDOG_HEAD_WAIT_SECONDS   how long to wait for the head to listen; 600 if it is not set
+#   RAYDOG_HEAD_GONE_SECONDS   how long the head may be silent before the node leaves; 60 if it is not set
+#   YD_AGENT_HOME              set by the YellowDog agent; Ray in its venv has the dashboards for Grafana
+#   GRAFANA_HOME               where Grafana's own files are; /usr/share/grafana if it is not set
 #
 # Prometheus (a `prometheus` on the PATH, 2.28 or later) and Grafana (`grafana` or `grafana-server`) have to be
 # installed on the node; node-setup.sh does so on Ubuntu. All files are written in the task's own directory.
@@ -15,9 +17,9 @@
 set -u
 umask 077
 
-HEAD_IP="${RAY_HEAD_IP:-${RAY_HEAD_NODE_PRIVATE_IP:-}}"
+head_ip="${RAY_HEAD_IP:-${RAY_HEAD_NODE_PRIVATE_IP:-}}"
 NODE_IP="${RAYDOG_NODE_IP:-}"
-if [ -z "$HEAD_IP" ]; then
+if [ -z "$head_ip" ]; then
     echo "RAY_HEAD_IP is not set: this script does not know where the Ray head is" >&2
     exit 1
 fi
@@ -34,7 +36,7 @@ fi
 HERE="$PWD"
 TOKEN_FILE="$HERE/ray-token"
 # As they are written in URLs.
-HEAD="$HEAD_IP" NODE="$NODE_IP"
+HEAD="$head_ip" NODE="$NODE_IP"
 [[ $HEAD != *:* ]] || HEAD="[$HEAD]"
 [[ $NODE != *:* ]] || NODE="[$NODE]"
 
@@ -182,6 +184,7 @@ fi
 
 pids=()
 trap 'exit 143' TERM INT
+trap 'exit 1' USR1
 trap '[ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null; echo "Observability stopped"' EXIT
 
 prometheus --config.file="$HERE/prometheus.yml" --storage.tsdb.path="$HERE/prometheus-data" \
@@ -210,4 +213,59 @@ else
     echo "Grafana is not installed on this node: Prometheus runs alone"
 fi
 
+# Shared by the scripts of the nodes that are of no use without the head. They have to set head_ip.
+head_port=6379
+
+# A connection that is dropped rather than refused would hang for minutes, and Bash would not act on a signal
+# meanwhile: each try has its own time, in the background.
+try_head() {
+    timeout "$1" bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$head_ip" "$head_port" >/dev/null 2>&1
+}
+head_listens() {
+    try_head 2 &
+    wait $!
+}
+
+# Wait until the head listens; fail, and say so, where it does not come to do so in time.
+await_head() {
+    local seconds="${RAYDOG_HEAD_WAIT_SECONDS:-600}"
+    local deadline=$((SECONDS + seconds))
+    until head_listens; do
+        if [ "$SECONDS" -ge "$deadline" ]; then
+            echo "The Ray head at $head_ip port $head_port did not listen within $seconds s:" \
+                "look at the head node's task, and at the network between the two nodes" >&2
+            return 1
+        fi
+        sleep 0.2
+    done
+}
+
+# Look until there is a reason for the node to leave, and say it: the head is gone, or the rest of the arguments,
+# a command that is run with every look, succeeds. It fails where the process of the first argument ends before.
+watch_head() {
+    local limit="${RAYDOG_HEAD_GONE_SECONDS:-60}" heard=$SECONDS refused=0
+    local pause=$((limit < 4 ? 1 : limit < 20 ? limit / 4 : 5))
+    # Waiting for a line that never comes needs no process that could be left behind.
+    exec 9<> <(:)
+    while kill -0 "$1" 2>/dev/null; do
+        read -rt "$pause" -u 9
+        if try_head 5; then
+            heard=$SECONDS refused=0
+        else
+            refused=$((refused + 1))
+        fi
+        # One look is not enough: the clock may be set.
+        if [ "$refused" -ge 2 ] && [ $((SECONDS - heard)) -ge "$limit" ]; then
+            echo "This node leaves: the Ray head at $head_ip port $head_port has not accepted a connection" \
+                "for $((SECONDS - heard)) s" >&2
+            return 0
+        fi
+        ! "${@:2}" || return 0
+    done
+    return 1
+}
+
+# Nobody needs this node without the head, and it would cost for ever.
+(if ! await_head || watch_head "${pids[0]}" false; then kill -USR1 $$; fi) &
+pids+=($!)
 wait "${pids[0]}"

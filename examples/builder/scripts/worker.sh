@@ -26,17 +26,16 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIME
 trap 'exit 143' TERM INT
 
 head_ip="${RAY_HEAD_IP:-${RAY_HEAD_NODE_PRIVATE_IP:-}}"
-head_port=6379
 if [ -z "$head_ip" ]; then
     echo "RAY_HEAD_IP is not set: this script does not know where the Ray head is" >&2
     exit 1
 fi
 
-# Workers start as soon as their node is up, which may be long before the head is. Ray itself would wait
-# in steps of 40 s. A connection that is dropped rather than refused would hang for minutes, and Bash would
-# not act on a signal meanwhile: each try has its own time, in the background.
-seconds="${RAYDOG_HEAD_WAIT_SECONDS:-600}"
-deadline=$((SECONDS + seconds))
+# Shared by the scripts of the nodes that are of no use without the head. They have to set head_ip.
+head_port=6379
+
+# A connection that is dropped rather than refused would hang for minutes, and Bash would not act on a signal
+# meanwhile: each try has its own time, in the background.
 try_head() {
     timeout "$1" bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$head_ip" "$head_port" >/dev/null 2>&1
 }
@@ -44,14 +43,49 @@ head_listens() {
     try_head 2 &
     wait $!
 }
-until head_listens; do
-    if [ "$SECONDS" -ge "$deadline" ]; then
-        echo "The Ray head at $head_ip port $head_port did not listen within $seconds s:" \
-            "look at the head node's task, and at the network between the two nodes" >&2
-        exit 1
-    fi
-    sleep 0.2
-done
+
+# Wait until the head listens; fail, and say so, where it does not come to do so in time.
+await_head() {
+    local seconds="${RAYDOG_HEAD_WAIT_SECONDS:-600}"
+    local deadline=$((SECONDS + seconds))
+    until head_listens; do
+        if [ "$SECONDS" -ge "$deadline" ]; then
+            echo "The Ray head at $head_ip port $head_port did not listen within $seconds s:" \
+                "look at the head node's task, and at the network between the two nodes" >&2
+            return 1
+        fi
+        sleep 0.2
+    done
+}
+
+# Look until there is a reason for the node to leave, and say it: the head is gone, or the rest of the arguments,
+# a command that is run with every look, succeeds. It fails where the process of the first argument ends before.
+watch_head() {
+    local limit="${RAYDOG_HEAD_GONE_SECONDS:-60}" heard=$SECONDS refused=0
+    local pause=$((limit < 4 ? 1 : limit < 20 ? limit / 4 : 5))
+    # Waiting for a line that never comes needs no process that could be left behind.
+    exec 9<> <(:)
+    while kill -0 "$1" 2>/dev/null; do
+        read -rt "$pause" -u 9
+        if try_head 5; then
+            heard=$SECONDS refused=0
+        else
+            refused=$((refused + 1))
+        fi
+        # One look is not enough: the clock may be set.
+        if [ "$refused" -ge 2 ] && [ $((SECONDS - heard)) -ge "$limit" ]; then
+            echo "This node leaves: the Ray head at $head_ip port $head_port has not accepted a connection" \
+                "for $((SECONDS - heard)) s" >&2
+            return 0
+        fi
+        ! "${@:2}" || return 0
+    done
+    return 1
+}
+
+# Workers start as soon as their node is up, which may be long before the head is. Ray itself would wait
+# in steps of 40 s.
+await_head || exit 1
 
 # From here on there is a Ray to stop. Bash runs a trap only when its foreground child has ended: Ray
 # runs in the background, and Bash waits.
@@ -87,6 +121,7 @@ ray=$!
 
 # `ray start` ends a minute after the head has, but never after its own raylet has ended in order, as it does
 # when Ray drains the node: the task would run, and cost, for nothing. So neither is left to it alone.
+raylet="" ended=0 line=""
 raylet_lives() {
     { read -r line <"/proc/$raylet/stat"; } 2>/dev/null && [[ $line == "$raylet (raylet) "[!ZX]* ]]
 }
@@ -100,39 +135,19 @@ find_raylet() {
         fi
     done
 }
-watch() {
-    local limit="${RAYDOG_HEAD_GONE_SECONDS:-60}" heard=$SECONDS refused=0 ended=0 raylet="" line
-    local pause=$((limit < 4 ? 1 : limit < 20 ? limit / 4 : 5))
-    # Waiting for a line that never comes needs no process that could be left behind.
-    exec 9<> <(:)
-    while kill -0 "$ray" 2>/dev/null; do
-        read -rt "$pause" -u 9
-        if try_head 5; then
-            heard=$SECONDS refused=0
-        else
-            refused=$((refused + 1))
-        fi
-        if [ -z "$raylet" ]; then
-            find_raylet
-        elif raylet_lives; then
-            ended=0
-        else
-            ended=$((ended + 1))
-        fi
-        # One look is not enough: the clock may be set, and `ray start` gets the time to see it itself.
-        if [ "$refused" -ge 2 ] && [ $((SECONDS - heard)) -ge "$limit" ]; then
-            echo "This node leaves: the Ray head at $head_ip port $head_port has not accepted a connection" \
-                "for $((SECONDS - heard)) s" >&2
-        elif [ "$ended" -ge 2 ]; then
-            echo "This node leaves: its raylet has ended, so that it is no part of the cluster any more." \
-                "Ray may have drained it; its log is raylet.out in Ray's log directory" >&2
-        else
-            continue
-        fi
-        kill -USR1 $$
-        return
-    done
+raylet_has_ended() {
+    if [ -z "$raylet" ]; then
+        find_raylet
+    elif raylet_lives; then
+        ended=0
+    else
+        ended=$((ended + 1))
+    fi
+    # One look is not enough: `ray start` gets the time to see it itself.
+    [ "$ended" -ge 2 ] || return 1
+    echo "This node leaves: its raylet has ended, so that it is no part of the cluster any more." \
+        "Ray may have drained it; its log is raylet.out in Ray's log directory" >&2
 }
-watch &
+(! watch_head "$ray" raylet_has_ended || kill -USR1 $$) &
 watcher=$!
 wait "$ray"

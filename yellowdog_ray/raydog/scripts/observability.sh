@@ -1,13 +1,15 @@
 #!/bin/bash
 # The task of a RayDog cluster's observability node: runs Prometheus, and Grafana where it is installed,
-# until the task is aborted or Prometheus ends.
+# until the task is aborted, Prometheus ends, or the head is gone or never comes. Then it fails, and says why.
 #
 # Reads from its environment:
-#   RAY_HEAD_IP       the head's private address
-#   RAYDOG_NODE_IP    the node's own private address; Prometheus and Grafana listen there and nowhere else
-#   RAY_AUTH_TOKEN    the cluster's token, where it is protected by one
-#   YD_AGENT_HOME     set by the YellowDog agent; where there is a Ray in its venv, Grafana gets Ray's dashboards
-#   GRAFANA_HOME      where Grafana's own files are; /usr/share/grafana if it is not set
+#   RAY_HEAD_IP                the head's private address
+#   RAYDOG_NODE_IP             the node's own private address, at which alone Prometheus and Grafana listen
+#   RAY_AUTH_TOKEN             the cluster's token, where it is protected by one
+#   RAYDOG_HEAD_WAIT_SECONDS   how long to wait for the head to listen; 600 if it is not set
+#   RAYDOG_HEAD_GONE_SECONDS   how long the head may be silent before the node leaves; 60 if it is not set
+#   YD_AGENT_HOME              set by the YellowDog agent; Ray in its venv has the dashboards for Grafana
+#   GRAFANA_HOME               where Grafana's own files are; /usr/share/grafana if it is not set
 #
 # Prometheus (a `prometheus` on the PATH, 2.28 or later) and Grafana (`grafana` or `grafana-server`) have to be
 # installed on the node; node-setup.sh does so on Ubuntu. All files are written in the task's own directory.
@@ -15,9 +17,9 @@
 set -u
 umask 077
 
-HEAD_IP="${RAY_HEAD_IP:-${RAY_HEAD_NODE_PRIVATE_IP:-}}"
+head_ip="${RAY_HEAD_IP:-${RAY_HEAD_NODE_PRIVATE_IP:-}}"
 NODE_IP="${RAYDOG_NODE_IP:-}"
-if [ -z "$HEAD_IP" ]; then
+if [ -z "$head_ip" ]; then
     echo "RAY_HEAD_IP is not set: this script does not know where the Ray head is" >&2
     exit 1
 fi
@@ -34,7 +36,7 @@ fi
 HERE="$PWD"
 TOKEN_FILE="$HERE/ray-token"
 # As they are written in URLs.
-HEAD="$HEAD_IP" NODE="$NODE_IP"
+HEAD="$head_ip" NODE="$NODE_IP"
 [[ $HEAD != *:* ]] || HEAD="[$HEAD]"
 [[ $NODE != *:* ]] || NODE="[$NODE]"
 
@@ -74,6 +76,7 @@ fi
 
 pids=()
 trap 'exit 143' TERM INT
+trap 'exit 1' USR1
 trap '[ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null; echo "Observability stopped"' EXIT
 
 prometheus --config.file="$HERE/prometheus.yml" --storage.tsdb.path="$HERE/prometheus-data" \
@@ -102,4 +105,9 @@ else
     echo "Grafana is not installed on this node: Prometheus runs alone"
 fi
 
+#include scripts/head-watch.sh
+
+# Nobody needs this node without the head, and it would cost for ever.
+(if ! await_head || watch_head "${pids[0]}" false; then kill -USR1 $$; fi) &
+pids+=($!)
 wait "${pids[0]}"
