@@ -575,6 +575,20 @@ def test_observability_gives_up(agent):
     assert eventually(lambda: processes_in(agent.home) == [])
 
 
+def test_grafana_that_ends(agent):
+    """It is said, and Prometheus goes on."""
+    agent.install("prometheus", PROMETHEUS)
+    agent.install("grafana", "#!/bin/bash\nexit 3\n")
+    path = f"{agent.home}/venv/bin:{os.environ['PATH']}"
+    process = agent.start("observability", RAY_HEAD_IP="127.1.2.3", RAYDOG_NODE_IP="10.1.2.4", PATH=path)
+    assert process.stdout is not None
+    assert any("Grafana has ended with exit status 3" in line for line in process.stdout)
+    assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+
+
 def test_observability_ends_with_prometheus(agent):
     """Where Prometheus ends, so does the task, with its exit status."""
     agent.install("prometheus", "#!/bin/bash\nexit 7\n")

@@ -99,7 +99,12 @@ elif command -v grafana-server >/dev/null; then
     grafana=(grafana-server)
 fi
 if [ ${#grafana[@]} -gt 0 ]; then
-    "${grafana[@]}" --homepath="${GRAFANA_HOME:-/usr/share/grafana}" --config="$HERE/grafana/grafana.ini" &
+    (
+        trap '[ -z "$!" ] || kill "$!" 2>/dev/null; exit' TERM INT
+        "${grafana[@]}" --homepath="${GRAFANA_HOME:-/usr/share/grafana}" --config="$HERE/grafana/grafana.ini" &
+        wait "$!"
+        echo "Grafana has ended with exit status $?: Ray's dashboard has empty frames in its Metrics page" >&2
+    ) &
     pids+=($!)
 else
     echo "Grafana is not installed on this node: Prometheus runs alone"
