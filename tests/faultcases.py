@@ -93,9 +93,9 @@ ONCE = {
 TIMELY = {
     ("build", "list nodes"): {"boot_delay": 0.8},
     ("wait", "read requirement"): {"boot_delay": 0.8},
-    ("shut down", "read requirement"): {"stop_delay": 0.3},
-    ("shut down", "list pools"): {"stop_delay": 0.3},
-    ("shut down", "list compute"): {"stop_delay": 0.3},
+    ("shut down", "read requirement"): {"stop_delay": 0.5},
+    ("shut down", "list pools"): {"stop_delay": 0.5},
+    ("shut down", "list compute"): {"stop_delay": 0.5},
 }
 """Calls of waits, and how slow the platform has to be for a later one to be made."""
 

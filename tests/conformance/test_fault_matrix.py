@@ -104,7 +104,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(transport, "NOT_YET_SECONDS", 0.15)
     monkeypatch.setattr(platform_module, "NOT_YET_SECONDS", 0.15)
     monkeypatch.setattr(teardown, "STEP_SECONDS", 0.3)
-    monkeypatch.setattr(teardown, "VERIFY_SECONDS", 0.3)
+    monkeypatch.setattr(teardown, "VERIFY_SECONDS", 0.8)
     monkeypatch.setattr(teardown, "LATE_SECONDS", 0.1)
     monkeypatch.setattr(teardown, "_CONFIRM_SECONDS", 0.1)
     monkeypatch.setattr(assembly, "CANCEL_SECONDS", 0.3)
