@@ -88,8 +88,8 @@ class RayDogCluster(ClusterBuilding):
         connect to their addresses itself. None where it need not; then Ray itself cannot be asked for its
         nodes, and the nodes' output not be fetched.
     :param keep_logs: a directory for the output of the nodes' tasks, which is fetched through ``access``
-        before a pool is removed or the cluster shut down, into ``<cluster>/<pool>/<task>.log`` there; None to
-        keep none.
+        before a pool is removed or the cluster shut down, into ``<cluster>/<pool>/<task>.log`` there, which
+        delays that by a minute at most; None to keep none.
     :param on_event: called with every :class:`.Event` of the cluster, in the thread in which it happens.
     :param progress: whether a progress display is shown on the standard error stream; None for where that is
         a terminal.

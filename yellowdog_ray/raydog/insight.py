@@ -158,7 +158,7 @@ class ClusterInsight(ClusterRecord):
         if self._keep_logs is None:
             return
         try:
-            found = logs.collect(self._platform, self._way(), pools, logs.KEPT_BYTES)
+            found = logs.collect(self._platform, self._way(), pools, logs.KEPT_BYTES, in_a_hurry=True)
             logs.keep(self._keep_logs / self._spec.name, found)
         except Exception as error:
             log.warning("The output of the nodes could not be kept: %s: %s", type(error).__name__, error)
