@@ -88,7 +88,7 @@ class Reach:
     """One way to the nodes of a cluster: through SSH to its head where there is an access, else directly.
 
     Making one does nothing yet. It may be used by several threads at once. A call takes at most some 10 s to
-    connect to each of the addresses and to log in, and 10 s for the answer; calls that wait for one and the same
+    connect to each of the addresses and to log in, and 10 s for the answer; those that wait for the same
     connection fail together. One that finds the SSH connection
     lost makes a new one; where it was lost without a word, finding out takes some 15 s. After a refused login
     the next one is tried 3 s later; calls before that fail with what was said then.
