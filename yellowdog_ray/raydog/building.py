@@ -71,7 +71,7 @@ class ClusterBuilding(ClusterEnding):
         is over or Ctrl-C is pressed, what had been created is taken back before the error is raised.
 
         :param head_node_build_timeout: how long it may take; None for as long as it takes, eleven hours at
-            most.
+            most. Taking back what had been created comes on top: some seconds, where the platform answers.
         :param until: ``"ray"`` to return only when Ray on the head answers that it is healthy, some seconds
             later; the cluster needs an ``access`` for it.
         :returns: the private and the public address of the head node, the latter None where it has none.
@@ -227,5 +227,5 @@ class ClusterBuilding(ClusterEnding):
                 self._targets = targets
         self._note_ended(built, targets)
         if gone:
-            self._platform.close()
+            self._platform.close(wait=bool(built.made.sent))
         self._emit(events.BuildFailed(self._spec.name, reason, tuple(targets.items)))

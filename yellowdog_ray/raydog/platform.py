@@ -58,6 +58,8 @@ _T = TypeVar("_T")
 
 # One connection is left for the caller's own thread.
 THREADS = CONNECTIONS - 1
+# For how long after it was sent a creating call may still be carried out whose answer there was no time for.
+UNANSWERED_SECONDS = 10.0
 
 
 @dataclass
@@ -68,11 +70,14 @@ class Build:
     :param begun: when it began, by the platform's clock; None where that is not known any more.
     :param sent: the names of what a creating call was sent for and not refused: under these there may be
         something on the platform, even where its id never came.
+    :param late_until: until when what was sent may come into being, where the time of the build was over before
+        the answer; monotonic.
     """
 
     id: str
     begun: datetime | None = None
     sent: set[str] = field(default_factory=set)
+    late_until: float = 0.0
 
     def made(self, tag: str | None, created: datetime | None) -> bool:
         """Tell by its tag whether this build created a thing.
@@ -342,14 +347,20 @@ class Platform:
 
         def attempt() -> _T:
             nonlocal first_seen
-            if operation.cancelled.is_set():
-                raise BuildError(f"it was stopped before the call to {what}")
-            # Noted before it is sent: whatever ends us from here on, the name will be looked up.
+            # Noted before it is sent: whatever ends us from here on, the name will be looked up. Also before it
+            # is asked whether to stop: who says so finds either the name noted, or that nothing will be sent.
             doubtful = named.name in build.sent
             build.sent.add(named.name)
+            if operation.cancelled.is_set():
+                if not doubtful:
+                    build.sent.discard(named.name)
+                raise BuildError(f"it was stopped before the call to {what}")
+            until = time.monotonic() + UNANSWERED_SECONDS
             try:
                 return post()
             except Exception as error:
+                if operation.expired and getattr(error, "response", None) is None:
+                    build.late_until = max(build.late_until, until)
                 if refused(error):
                     if not doubtful:
                         build.sent.discard(named.name)
