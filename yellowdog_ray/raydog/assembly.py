@@ -81,8 +81,8 @@ class Assembly:
     def settle(self) -> None:
         """Let no call be started any more, and wait for those that are under way.
 
-        What they create is known then; of a call that is waited for in vain, at least the name is. Where nothing
-        has been sent, there is nothing to wait for.
+        What they create is known then; of a call that is waited for in vain, at least the name is. Where
+        nothing has been sent, there is nothing to wait for.
         """
         crews = list(self._crews)
         for crew in crews:

@@ -70,8 +70,8 @@ class Build:
     :param begun: when it began, by the platform's clock; None where that is not known any more.
     :param sent: the names of what a creating call was sent for and not refused: under these there may be
         something on the platform, even where its id never came.
-    :param late_until: until when what was sent may come into being, where the time of the build was over before
-        the answer; monotonic.
+    :param late_until: until when (monotonic) what was sent may come into being, where there was no time to
+        wait for the answer.
     """
 
     id: str
@@ -347,8 +347,8 @@ class Platform:
 
         def attempt() -> _T:
             nonlocal first_seen
-            # Noted before it is sent: whatever ends us from here on, the name will be looked up. Also before it
-            # is asked whether to stop: who says so finds either the name noted, or that nothing will be sent.
+            # Noted before it is sent: whatever ends us from here on, the name will be looked up. And before we
+            # look whether to stop: who says so then finds the name, or can be sure that nothing is sent.
             doubtful = named.name in build.sent
             build.sent.add(named.name)
             if operation.cancelled.is_set():
