@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -213,11 +214,12 @@ def test_constructor_and_repr_do_no_io():
         gc.collect()
 
 
-def test_unclosed_cluster_warns(platform):
-    """A cluster that is dropped while it runs warns with its own name, and makes no call."""
+def test_unclosed_cluster_warns(platform, caplog):
+    """A cluster that is dropped while it runs warns with its own name and file, and makes no call."""
     cluster = make(platform)
     cluster.build(SHORT)
     state = cluster.save_state_to_json()
+    file = json.loads(state)["state_file"]
     before = len(platform.faults.seen)
     message = "<RayDogCluster test/demo, running> was not shut down"
     with warnings.catch_warnings(record=True) as caught:
@@ -225,8 +227,31 @@ def test_unclosed_cluster_warns(platform):
         del cluster
         gc.collect()
     assert message in [str(warning.message) for warning in caught]
+    assert f"{message}, and may go on. To end it: raydog shut-down {file}" in caplog.messages
     assert len(platform.faults.seen) == before
     shut_down_by_proxy(platform, state)
+
+
+_LEFT_BEHIND = """
+import sys
+from yellowdog_ray import RayDogCluster
+url, key, secret, then = sys.argv[1:]
+cluster = RayDogCluster(key, secret, "left", "test", "test/small", None, url)
+cluster.build()
+exec(then)
+"""
+
+
+@pytest.mark.parametrize(("then", "told"), [("", 1), ("cluster = None", 1), ("cluster.detach()", 0)])
+def test_left_behind_by_a_process(platform, state_directory, then, told):
+    """Whoever leaves a cluster behind without a word is told so once, with Python's own settings."""
+    command = [sys.executable, "-c", _LEFT_BEHIND, platform.url, KEY_ID, SECRET, then]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    (file,) = state_directory.glob("*.json")
+    assert done.stderr.count("<RayDogCluster test/left, running> was not shut down") == told, done.stderr
+    assert done.stderr.count(f"raydog shut-down {file}\n") == told
+    shut_down_by_proxy(platform, file.read_text())
 
 
 def test_lifetime(platform):

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +45,16 @@ from yellowdog_ray.raydog.undo import add_note
 __all__ = ["RayDogCluster", "RayDogClusterProxy"]
 
 log = logging.getLogger(__name__)
+
+# The clusters of this process, as long as somebody holds them.
+_clusters: weakref.WeakSet[RayDogCluster] = weakref.WeakSet()
+
+
+@atexit.register
+def _at_the_end() -> None:
+    """Say of every cluster that goes on that it does: then nobody can use it any more."""
+    for cluster in list(_clusters):
+        cluster._say_unclosed()
 
 
 class RayDogCluster(ClusterBuilding):
@@ -162,6 +174,8 @@ class RayDogCluster(ClusterBuilding):
         self._token = new_token() if ray_auth == "token" else None
         self._state_file = None if state_file is None else Path(state_file).expanduser()
         self._set_up(credentials, spec, access, keep_logs, on_event, progress)
+        self._process = os.getpid()
+        _clusters.add(self)
 
     @classmethod
     def attach(
@@ -277,9 +291,27 @@ class RayDogCluster(ClusterBuilding):
         self._close_display()
 
     def __del__(self) -> None:
-        phase = getattr(self, "_phase", Phase.NEW)
-        if phase not in (Phase.NEW, Phase.ENDED) and not self._attached:
+        if self._say_unclosed():
             warnings.warn(f"{self!r} was not shut down", ResourceWarning, source=self, stacklevel=2)
+
+    def _say_unclosed(self) -> bool:
+        """Say that the cluster goes on although nobody can use the object any more, unless that is meant.
+
+        :returns: whether it was to be said.
+        """
+        phase = getattr(self, "_phase", Phase.NEW)
+        # A process that was forked has a copy of what is not its own.
+        if phase in (Phase.NEW, Phase.ENDED) or self._attached or self._process != os.getpid():
+            return False
+        self._attached = True  # once is enough
+        journal = self._journal
+        # Where the file is gone, somebody else has ended the cluster.
+        if journal is not None and journal.path.exists():
+            # Python shows a ResourceWarning to nobody who has not asked for it.
+            log.warning(
+                "%r was not shut down, and may go on. To end it: raydog shut-down %s", self, journal.path
+            )
+        return True
 
 
 def _journal_of(state: ClusterState | str | os.PathLike[str]) -> Journal:

@@ -347,8 +347,8 @@ class Platform:
 
         def attempt() -> _T:
             nonlocal first_seen
-            # Noted before it is sent: whatever ends us from here on, the name will be looked up. And before we
-            # look whether to stop: who says so then finds the name, or can be sure that nothing is sent.
+            # Noted before it is sent: whatever ends us from here on, the name will be looked up. And before
+            # we look whether to stop: who says so then finds the name, or can be sure that nothing is sent.
             doubtful = named.name in build.sent
             build.sent.add(named.name)
             if operation.cancelled.is_set():
