@@ -36,8 +36,10 @@ from yellowdog_ray.errors import (
 )
 from yellowdog_ray.local.scheduler import SchedulerOptions
 from yellowdog_ray.raydog import assembly, building, plan, ray_auth, teardown, transport
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
 from yellowdog_ray.raydog.platform import Build
+from yellowdog_ray.raydog.state import ClusterState
 
 
 @pytest.fixture(autouse=True)
@@ -252,6 +254,38 @@ def test_left_behind_by_a_process(platform, state_directory, then, told):
     assert done.stderr.count("<RayDogCluster test/left, running> was not shut down") == told, done.stderr
     assert done.stderr.count(f"raydog shut-down {file}\n") == told
     shut_down_by_proxy(platform, file.read_text())
+
+
+def test_a_directory_for_logs_that_cannot_be(platform, tmp_path):
+    """That nothing can be kept there is said before anything is created."""
+    (tmp_path / "file").write_text("")
+    access = SSHAccess("nobody", password="x", ssh_config=False)
+    cluster = make(platform, keep_logs=tmp_path / "file" / "kept", access=access)
+    with pytest.raises(SpecError, match="keep_logs: nothing can be kept in"):
+        cluster.build(SHORT)
+    assert platform.faults.seen == []
+
+
+def test_a_state_file_that_is_a_link(platform, tmp_path):
+    """What it leads to is written, locked and removed; the link stays."""
+    (tmp_path / "real").mkdir()
+    link, real = tmp_path / "link.json", tmp_path / "real" / "x.json"
+    link.symlink_to(real)
+    for name in ("first", "second"):
+        with make(platform, name, state_file=link) as cluster:
+            cluster.build(SHORT)
+            assert link.is_symlink()
+            assert ClusterState.load(real).state_file == str(real)
+            other = RayDogCluster.attach(link, KEY_ID, SECRET)
+            other.add_worker_pool("test/small", None, 1, "added")
+            assert "added" in cluster.status().pools
+            other.detach()
+        assert link.is_symlink()
+        assert list(real.parent.iterdir()) == []
+    # Links that go in a circle lead nowhere.
+    real.symlink_to(link)
+    with pytest.raises(StateError, match="cannot be written"):
+        make(platform, "third", state_file=link).build(SHORT)
 
 
 def test_lifetime(platform):

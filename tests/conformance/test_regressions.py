@@ -17,6 +17,9 @@ from yellowdog_ray.raydog import events, logs, reach, watch
 from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.state import ClusterState
 
+# Nobody listens at the addresses of simulated nodes.
+ACCESS = SSHAccess("nobody", password="x", ssh_config=False)
+
 
 @pytest.fixture
 def platform():
@@ -94,7 +97,7 @@ def test_logs_keep_nothing_from_ending(platform, monkeypatch, tmp_path):
     def fail(*_args):
         raise RuntimeError("can't start new thread")
 
-    cluster = make(platform, keep_logs=tmp_path)
+    cluster = make(platform, access=ACCESS, keep_logs=tmp_path)
     cluster.build()
     monkeypatch.setattr(logs, "collect", fail)
     cluster.shut_down()
@@ -140,7 +143,7 @@ def test_silent_nodes_delay_the_end_for_so_long_only(platform, monkeypatch, tmp_
     monkeypatch.setattr(logs, "_SECONDS", 0.7)
     answered = threading.Event()
     monkeypatch.setattr(reach.Reach, "task_output", lambda *_: str(answered.wait(30)))
-    cluster = with_workers(platform, 3, 2, access=SSHAccess("nobody", password="x"), keep_logs=tmp_path)
+    cluster = with_workers(platform, 3, 2, access=ACCESS, keep_logs=tmp_path)
     # Nor does it keep the platform's threads from ending it.
     asking = [threading.Thread(target=cluster.get_logs, daemon=True) for _ in range(3)]
     for thread in asking:
@@ -196,7 +199,7 @@ def test_kept_output_of_an_earlier_cluster(platform, tmp_path):
     old.parent.mkdir(parents=True)
     old.write_text("of another life")
     time.sleep(0.05)
-    with make(platform, keep_logs=tmp_path) as cluster:
+    with make(platform, access=ACCESS, keep_logs=tmp_path) as cluster:
         cluster.build()
         assert cluster.get_logs()["head-node"].text is None
 

@@ -75,7 +75,7 @@ class ClusterBuilding(ClusterEnding):
         :param until: ``"ray"`` to return only when Ray on the head answers that it is healthy, some seconds
             later; the cluster needs an ``access`` for it.
         :returns: the private and the public address of the head node, the latter None where it has none.
-        :raises SpecError: where the timeout is none.
+        :raises SpecError: where the timeout is none, or nothing can be written to ``keep_logs``.
         :raises StateError: where the state file cannot be written.
         :raises ClusterStateError: where the cluster is built already.
         :raises CredentialsError: where the platform does not accept the key.
@@ -94,6 +94,7 @@ class ClusterBuilding(ClusterEnding):
                 "where this process can connect to the nodes' addresses itself"
             )
         self._check_not_built()
+        self._check_keep_logs()
         with self._building:
             built = self._assemble(timeout)
             operation = Operation((timeout or plan.MAX_BUILD).total_seconds())
