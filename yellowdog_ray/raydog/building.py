@@ -42,9 +42,9 @@ class ClusterBuilding(ClusterEnding):
     def plan(self, head_node_build_timeout: timedelta | None = None) -> ClusterPlan:
         """Tell what :meth:`build` will create, without any call: printable, and as JSON.
 
-        The application key's secret and the Ray token are masked, and so are the values of tags that are called
-        like a secret (``token``, ``db-passwd``, ``apikey``). Scripts and user data are shown as they are: a
-        secret that you have written into one is in the plan. What is not known yet is said in words.
+        The application key's secret and the Ray token are masked, and so are the values of tags that are
+        called like a secret (``token``, ``db-passwd``, ``apikey``). Scripts and user data are shown as they
+        are: a secret that you have written into one is in the plan. What is not known yet is said in words.
 
         :param head_node_build_timeout: as it will be given to :meth:`build`.
         :raises ClusterStateError: where the cluster is built already.
