@@ -76,6 +76,6 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure what RayDog adds to a cluster's time, and a real cluster beside Ray started by hand."""
     session.install("-e", ".[local,ray]")
-    session.run("python", "benchmarks/build_overhead.py", "--scale")
+    session.run("python", "benchmarks/build_overhead.py", "--check", "--scale")
     session.run("python", "benchmarks/build_real.py", *session.posargs)
     session.run("python", "benchmarks/tunnels.py", "--ray")

@@ -1,11 +1,12 @@
-"""What RayDog itself adds to the time that a cluster takes, on a platform whose times are known.
+"""What RayDog itself adds to the time that a cluster takes, and how it fares where something goes wrong.
 
 The local platform runs without nodes, in a process of its own: its nodes boot for 2 s, its tasks start
 after 0.5 s, each call takes 50 ms, and ending takes no time. All that build() takes beyond those 2.5 s, and
 all that shut_down() takes, is RayDog's calls and computing.
 
 Each round builds and shuts down the same clusters; the figures are the medians of the rounds. The YellowDog
-SDK is imported and its client opened before the clock starts.
+SDK is imported and its client opened before the clock starts; how long the import takes, once in a process,
+is told beside. What goes wrong is in :mod:`build_faults`.
 
 Usage: python benchmarks/build_overhead.py [--rounds N] [--check] [--scale]
 """
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import statistics
@@ -28,6 +30,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import build_faults
 
 from yellowdog_ray import RayDogCluster
 
@@ -127,6 +131,11 @@ def overhead(rounds: int, check: bool) -> int:
     large = Row("build(), 100 pools x 1 node", 1.0, 18.9)
     down = Row("shut_down(), 101 pools", 1.5, 16.9)
     own = BOOT + START
+    began = time.perf_counter()
+    import yellowdog_client.model
+
+    assert yellowdog_client.model
+    importing = time.perf_counter() - began
     with Server() as server:
         for number in range(rounds):
             with cluster_of(server, f"small-{number}", 2, 2) as cluster:
@@ -139,7 +148,8 @@ def overhead(rounds: int, check: bool) -> int:
     rows = [small, observed, large, down]
     print(
         f"Seconds, the median of {rounds} rounds (least to most); build() beyond the nodes' own {own} s.\n"
-        f"Each call takes {LATENCY * 1000:g} ms. Not in it: importing the SDK and opening its client.\n"
+        f"Each call takes {LATENCY * 1000:g} ms. Not in it: importing the SDK ({importing:.2f} s, once in a "
+        "process) and opening its client.\n"
     )
     other = "yellowdog-ray 2.0.0 (measured once, not in this run)"
     print(f"{'':29} {'seconds':>20} {'at most':>8} {'calls':>6}  {other}")
@@ -148,8 +158,16 @@ def overhead(rounds: int, check: bool) -> int:
         calls = statistics.median(row.calls)
         print(f"{row.what:29} {spread:>20} {row.most:8.1f} {calls:6.0f}  {row.other:.1f}")
     late = [row.what for row in rows if statistics.median(row.seconds) > row.most]
+    print(f"\n{'':40} {'here':>31} {'wanted':>9}  {other}")
+    # What goes wrong is meant to; the table says what comes of it.
+    logging.disable(logging.CRITICAL)
+    for fault in build_faults.rows():
+        print(f"{fault.what:40} {fault.figure:>31} {fault.wanted:>9}  {fault.other}", flush=True)
+        if not fault.good:
+            late.append(fault.what)
+    logging.disable(logging.NOTSET)
     if check and late:
-        print(f"\nToo slow: {'; '.join(late)}", file=sys.stderr)
+        print(f"\nNot as it should be: {'; '.join(late)}", file=sys.stderr)
         return 1
     return 0
 
@@ -220,7 +238,7 @@ def main() -> int:
         "--rounds", type=int, default=3, metavar="N", help="how often to measure (%(default)s)"
     )
     parser.add_argument(
-        "--check", action="store_true", help="exit with 1 where a figure is above its maximum"
+        "--check", action="store_true", help="exit with 1 where a figure is not as it should be"
     )
     parser.add_argument("--scale", action="store_true", help="also measure clusters of 500 to 10000 nodes")
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)

@@ -234,6 +234,8 @@ class GivenUp:
         self._path = re.compile(path)
         self._seconds = seconds
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Whether it says nothing at all, instead of 504.
+        self.silent = False
         #: The statuses with which the platform answered in the end, when nobody listened any more.
         self.answers: list[int] = []
 
@@ -248,6 +250,9 @@ class GivenUp:
         task = asyncio.get_running_loop().create_task(self._carry_out(scope, request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if self.silent:
+            await receive()  # until the client has gone
+            return
         await send({"type": "http.response.start", "status": 504, "headers": []})
         await send({"type": "http.response.body", "body": b"gave up"})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -35,8 +36,10 @@ from yellowdog_ray.errors import (
 )
 from yellowdog_ray.local.scheduler import SchedulerOptions
 from yellowdog_ray.raydog import assembly, building, plan, ray_auth, teardown, transport
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
 from yellowdog_ray.raydog.platform import Build
+from yellowdog_ray.raydog.state import ClusterState
 
 
 @pytest.fixture(autouse=True)
@@ -213,11 +216,12 @@ def test_constructor_and_repr_do_no_io():
         gc.collect()
 
 
-def test_unclosed_cluster_warns(platform):
-    """A cluster that is dropped while it runs warns with its own name, and makes no call."""
+def test_unclosed_cluster_warns(platform, caplog):
+    """A cluster that is dropped while it runs warns with its own name and file, and makes no call."""
     cluster = make(platform)
     cluster.build(SHORT)
     state = cluster.save_state_to_json()
+    file = json.loads(state)["state_file"]
     before = len(platform.faults.seen)
     message = "<RayDogCluster test/demo, running> was not shut down"
     with warnings.catch_warnings(record=True) as caught:
@@ -225,8 +229,63 @@ def test_unclosed_cluster_warns(platform):
         del cluster
         gc.collect()
     assert message in [str(warning.message) for warning in caught]
+    assert f"{message}, and may go on. To end it: raydog shut-down {file}" in caplog.messages
     assert len(platform.faults.seen) == before
     shut_down_by_proxy(platform, state)
+
+
+_LEFT_BEHIND = """
+import sys
+from yellowdog_ray import RayDogCluster
+url, key, secret, then = sys.argv[1:]
+cluster = RayDogCluster(key, secret, "left", "test", "test/small", None, url)
+cluster.build()
+exec(then)
+"""
+
+
+@pytest.mark.parametrize(("then", "told"), [("", 1), ("cluster = None", 1), ("cluster.detach()", 0)])
+def test_left_behind_by_a_process(platform, state_directory, then, told):
+    """Whoever leaves a cluster behind without a word is told so once, with Python's own settings."""
+    command = [sys.executable, "-c", _LEFT_BEHIND, platform.url, KEY_ID, SECRET, then]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    (file,) = state_directory.glob("*.json")
+    assert done.stderr.count("<RayDogCluster test/left, running> was not shut down") == told, done.stderr
+    assert done.stderr.count(f"raydog shut-down {file}\n") == told
+    shut_down_by_proxy(platform, file.read_text())
+
+
+def test_a_directory_for_logs_that_cannot_be(platform, tmp_path):
+    """That nothing can be kept there is said before anything is created."""
+    (tmp_path / "file").write_text("")
+    access = SSHAccess("nobody", password="x", ssh_config=False)
+    cluster = make(platform, keep_logs=tmp_path / "file" / "kept", access=access)
+    with pytest.raises(SpecError, match="keep_logs: nothing can be kept in"):
+        cluster.build(SHORT)
+    assert platform.faults.seen == []
+
+
+def test_a_state_file_that_is_a_link(platform, tmp_path):
+    """What it leads to is written, locked and removed; the link stays."""
+    (tmp_path / "real").mkdir()
+    link, real = tmp_path / "link.json", tmp_path / "real" / "x.json"
+    link.symlink_to(real)
+    for name in ("first", "second"):
+        with make(platform, name, state_file=link) as cluster:
+            cluster.build(SHORT)
+            assert link.is_symlink()
+            assert ClusterState.load(real).state_file == str(real)
+            other = RayDogCluster.attach(link, KEY_ID, SECRET)
+            other.add_worker_pool("test/small", None, 1, "added")
+            assert "added" in cluster.status().pools
+            other.detach()
+        assert link.is_symlink()
+        assert list(real.parent.iterdir()) == []
+    # Links that go in a circle lead nowhere.
+    real.symlink_to(link)
+    with pytest.raises(StateError, match="cannot be written"):
+        make(platform, "third", state_file=link).build(SHORT)
 
 
 def test_lifetime(platform):

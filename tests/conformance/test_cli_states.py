@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from tests.controlplane import TEMPLATE, Fault
-from tests.ssh_fixtures import make_key
+from tests.ssh_fixtures import embedded, make_key
 from yellowdog_ray import RayDogCluster
 from yellowdog_ray.cli import main
 from yellowdog_ray.local.control_plane import LocalControlPlane
 from yellowdog_ray.raydog import assembly, teardown, transport
 from yellowdog_ray.raydog import platform as platform_module
+
+__all__ = ["embedded"]  # the fixture
 
 KEY_ID, SECRET = "night-key", "distinctive-secret-0815"
 COMMAND = [sys.executable, "-m", "yellowdog_ray.cli"]
@@ -380,6 +382,30 @@ def test_keep_logs(platform, raydog, key, state_directory, tmp_path, monkeypatch
         assert status == 0
         assert "could not be kept" in errors
     assert platform.running() == []
+
+
+def test_the_record_beside_a_state_file_elsewhere(platform, raydog, key, state_directory, tmp_path, embedded):
+    """A head whose key differs from the cluster's own record of it is not logged in to."""
+    cluster = build(platform, "one", workers=0)
+    state = json.loads(own_file(state_directory, "one").read_text())
+    own_file(state_directory, "one").unlink()
+    (head,) = state["pools"]
+    head["private_ip"] = "127.0.0.1"
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({**state, "state_file": str(file)}))
+    other = make_key(tmp_path / "other")
+    record = tmp_path / ".c.json.known_hosts"
+    record.write_text(f"[127.0.0.1]:{embedded.port} {other}\n")
+    options = ["--ssh-user", embedded.user, "--ssh-key", embedded.key, "--ssh-port", embedded.port]
+    status, found, _ = raydog("logs", file, *options, "--json")
+    assert status == 1
+    assert "is not the server that was expected" in found[0]["logs"][0]["note"]
+    status, _, errors = raydog("shut-down", file, *options, "--keep-logs", tmp_path / "kept")
+    assert status == 0
+    assert "is not the server that was expected" in errors
+    assert "was shown to it" in errors
+    assert not list(tmp_path.glob("kept/**/*.log"))
+    cluster.detach()
 
 
 def test_more_than_one_at_a_time(platform, raydog, key):

@@ -445,6 +445,38 @@ def test_given_up_by_a_gateway_and_carried_out_later(plane, monkeypatch, impatie
     assert states(state_directory, name_of(cluster)) == []
 
 
+def test_a_template_that_is_not_told_in_time(plane, state_directory):
+    """A build that has sent nothing waits for nothing when its time is over."""
+    plane.faults.faults = [Fault("GET", "/templates/", "hang", None, seconds=30)]
+    cluster, before = cluster_for(plane), len(plane.faults.seen)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="templates"):
+        cluster.build(timedelta(seconds=0.5))
+    assert time.monotonic() - began < 1.5
+    assert {method for method, _ in plane.faults.seen[before:]} == {"GET"}
+    assert states(state_directory, name_of(cluster)) == []
+
+
+def test_not_answered_in_time_and_carried_out_later(plane, monkeypatch, state_directory):
+    """A build ends in time though its calls hang, and ends what they create after it gave them up."""
+    monkeypatch.setattr(transport, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(platform_module, "UNANSWERED_SECONDS", 3.0)
+    monkeypatch.setattr(teardown, "LATE_SECONDS", 0.2)
+    gateway = GivenUp(plane.faults.app, r"^/workerPools/provisioned/template$|^/work/requirements$", 2.0)
+    gateway.silent = True
+    monkeypatch.setattr(plane.faults, "app", gateway)
+    cluster = cluster_for(plane)
+    cluster.add_worker_pool("test/small", None, 2)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        cluster.build(timedelta(seconds=0.5))
+    assert 2.0 < time.monotonic() - began < 6.0
+    # All were carried out, and nobody heard of it.
+    assert gateway.answers == [200] * 3
+    assert plane.running() == []
+    assert states(state_directory, name_of(cluster)) == []
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.06, 0.15])
 def test_given_up_by_a_gateway_and_carried_out_soon(plane, monkeypatch, state_directory, seconds):
     """What is carried out late, before or after it was looked for, is there once."""

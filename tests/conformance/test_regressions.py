@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -13,8 +14,12 @@ import pytest
 from tests.clusters import attach, eventually, let_exit, make, pools, tasks
 from tests.controlplane import KEY_ID, SECRET, Fault, serve
 from yellowdog_ray.errors import ClusterStateError, PlatformError, SpecError, TeardownError
-from yellowdog_ray.raydog import events, logs, teardown, watch
+from yellowdog_ray.raydog import events, logs, reach, teardown, watch
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.state import ClusterState
+
+# Nobody listens at the addresses of simulated nodes.
+ACCESS = SSHAccess("nobody", password="x", ssh_config=False)
 
 
 @pytest.fixture
@@ -93,11 +98,65 @@ def test_logs_keep_nothing_from_ending(platform, monkeypatch, tmp_path):
     def fail(*_args):
         raise RuntimeError("can't start new thread")
 
-    cluster = make(platform, keep_logs=tmp_path)
+    cluster = make(platform, access=ACCESS, keep_logs=tmp_path)
     cluster.build()
     monkeypatch.setattr(logs, "collect", fail)
     cluster.shut_down()
     assert platform.running() == []
+
+
+@pytest.fixture
+def silent():
+    """A port that accepts connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+def with_workers(platform, pools: int, nodes: int, **options):
+    """Build a cluster of which the head's address is this machine's, and wait for its workers."""
+    cluster = make(platform, **options)
+    for _ in range(pools):
+        cluster.add_worker_pool("test/small", None, nodes)
+    cluster.build()
+    eventually(lambda: cluster.status().executing_workers == pools * nodes)
+    cluster._assembly.head.private_ip, cluster._assembly.head.public_ip = "127.0.0.1", None
+    return cluster
+
+
+def test_a_silent_head_delays_the_end_once(platform, silent, monkeypatch, tmp_path, caplog):
+    """It is not waited for once more for every node, neither at a removal nor at the end."""
+    monkeypatch.setattr("yellowdog_ray.raydog.reach._CONNECT_TIMEOUT", 0.5)
+    access = SSHAccess("nobody", password="x", port=silent, ssh_config=False)
+    cluster = with_workers(platform, 3, 9, access=access, keep_logs=tmp_path)
+    began = time.monotonic()
+    cluster.remove_worker_pool_by_internal_name("worker-nodes-01")
+    cluster.shut_down()
+    assert time.monotonic() - began < 4.0
+    assert platform.running() == []
+    told = [record.getMessage() for record in caplog.records if "was not kept" in record.getMessage()]
+    assert len(told) == 2
+    assert "worker-nodes-01-00003 and 6 others" in told[0]
+    assert "and 16 others" in told[1]
+
+
+def test_silent_nodes_delay_the_end_for_so_long_only(platform, monkeypatch, tmp_path, caplog):
+    """There is one time limit for the output of all pools; what is not had by then is not kept."""
+    monkeypatch.setattr(logs, "_SECONDS", 0.7)
+    answered = threading.Event()
+    monkeypatch.setattr(reach.Reach, "task_output", lambda *_: str(answered.wait(30)))
+    cluster = with_workers(platform, 3, 2, access=ACCESS, keep_logs=tmp_path)
+    # Nor does it keep the platform's threads from ending it.
+    asking = [threading.Thread(target=cluster.get_logs, daemon=True) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    began = time.monotonic()
+    cluster.shut_down()
+    assert time.monotonic() - began < 3.0
+    answered.set()
+    assert platform.running() == []
+    assert "The output of the pool demo-03-wrkrs was not fetched: there was no time left" in caplog.text
+    for thread in asking:
+        thread.join(5)
 
 
 def test_watch_does_not_end_a_cluster_that_it_may_not_see(platform, monkeypatch):
@@ -141,7 +200,7 @@ def test_kept_output_of_an_earlier_cluster(platform, tmp_path):
     old.parent.mkdir(parents=True)
     old.write_text("of another life")
     time.sleep(0.05)
-    with make(platform, keep_logs=tmp_path) as cluster:
+    with make(platform, access=ACCESS, keep_logs=tmp_path) as cluster:
         cluster.build()
         assert cluster.get_logs()["head-node"].text is None
 

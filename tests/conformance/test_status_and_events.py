@@ -457,6 +457,26 @@ def test_a_listener_may_ask_the_cluster(platform):
     assert phases[-1] == ("ShutdownFinished", "<RayDogCluster test/demo, shut down>")
 
 
+def test_listeners_in_all_threads_at_once(platform):
+    """What a listener asks the cluster waits for no thread that another listener holds."""
+    heard: list[events.Event] = []
+
+    def listener(event) -> None:
+        if isinstance(event, events.PoolProvisioned):
+            cluster.status()
+            heard.append(event)
+
+    cluster = make(platform, on_event=listener)
+    for _ in range(20):
+        cluster.add_worker_pool("test/small", None, 1)
+    building = threading.Thread(target=cluster.build, args=[SHORT], daemon=True)
+    building.start()
+    building.join(20)
+    assert not building.is_alive()
+    assert len(heard) == 21
+    cluster.shut_down()
+
+
 def test_what_is_no_listener(platform):
     """What cannot be called is refused when the cluster is made."""
     with pytest.raises(SpecError, match="on_event: a function is needed, not str"):

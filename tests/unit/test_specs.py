@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 
 from yellowdog_ray.errors import SpecError
+from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
 from yellowdog_ray.raydog.specs import check_count, check_duration
 
@@ -231,6 +232,34 @@ def test_bad_durations(value):
     """A time limit is a timedelta longer than zero."""
     with pytest.raises(SpecError, match="head_node_build_timeout"):
         check_duration(value, "head_node_build_timeout")
+
+
+@pytest.mark.parametrize("value", [8, 8.5, True, "8", "P1D", timedelta(0)])
+def test_bad_lifetimes(value):
+    """A lifetime is a timedelta too: 8 would be seconds."""
+    with pytest.raises(SpecError, match=r"^cluster_lifetime: "):
+        cluster(cluster_lifetime=value)
+
+
+@pytest.mark.parametrize("value", [7, "", " ", b"x", "a\0b", "."])
+def test_bad_state_files(value):
+    """What cannot be a file is refused before anything is built."""
+    with pytest.raises(SpecError, match=r"^state_file: "):
+        cluster(state_file=value)
+
+
+@pytest.mark.parametrize("value", [5, "", b"x", "a\0b"])
+def test_bad_directories_for_logs(value):
+    """What cannot be a directory is refused."""
+    with pytest.raises(SpecError, match=r"^keep_logs: a path is needed"):
+        cluster(keep_logs=value, access=SSHAccess("me"))
+
+
+@pytest.mark.parametrize("access", [None, "direct"])
+def test_logs_cannot_be_kept_without_ssh(access):
+    """Nothing would be kept, and nobody would know."""
+    with pytest.raises(SpecError, match=r"^keep_logs: .*SSHAccess"):
+        cluster(keep_logs="kept", access=access)
 
 
 @pytest.mark.parametrize("value", [-1, 5, 1.0, True, "2"])

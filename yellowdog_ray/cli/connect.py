@@ -24,7 +24,7 @@ from yellowdog_ray.raydog.state import ClusterState, PoolState
 from yellowdog_ray.raydog.token_file import read_token
 from yellowdog_ray.utils._ssh.hostkeys import default_record, option_value, record_beside
 
-__all__ = ["connect"]
+__all__ = ["connect", "known_hosts"]
 
 _TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -55,9 +55,7 @@ def _connect(access: SSHAccess | None, output: Output, file: StateFile) -> Answe
         environment.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=_token_file(state))
     environment["RAY_ADDRESS"] = f"ray://127.0.0.1:{CLIENT}"
     environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{DASHBOARD}"
-    # Not beside what the file itself names as its place: that would be for the file to choose.
-    records = (record_beside(file.path.absolute()), default_record(head[0]))
-    record = next((path for path in records if path.is_file()), None)
+    record = known_hosts(file, head[0])
     command = _ssh(access, head[0], observability[-1] if observability else None, record)
     shown = shlex.join(command)
     if not output.as_json:
@@ -78,6 +76,13 @@ def _connect(access: SSHAccess | None, output: Output, file: StateFile) -> Answe
         "observability": observability,
     }
     return Answer(about, "\n".join(lines))
+
+
+def known_hosts(file: StateFile, head: str) -> Path | None:
+    """Find the file of a cluster's host keys: beside its state, or else by the head's address; or None."""
+    # Not beside what the file itself names as its place: that would be for the file to choose.
+    records = (record_beside(file.path.resolve()), default_record(head))
+    return next((path for path in records if path.is_file()), None)
 
 
 def _addresses(state: ClusterState, role: str) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from yellowdog_ray.cli.connect import connect
+from yellowdog_ray.cli.connect import connect, known_hosts
 from yellowdog_ray.cli.files import (
     Answer,
     StateFile,
@@ -213,7 +213,7 @@ def _fetch_logs(key: Key, access: SSHAccess | None, pool: str | None, size: int,
         raise ClusterStateError(
             f"the cluster {state.title} has no pool {pool!r}; it has: {', '.join(map(repr, names))}"
         )
-    found = _collect(key, access, state, pool, size)
+    found = _collect(key, access, file, state, pool, size)
     about = [
         {"task": one.task, "pool": one.pool, "source": one.source, "text": one.text, "note": one.note}
         for one in found.values()
@@ -226,9 +226,20 @@ def _fetch_logs(key: Key, access: SSHAccess | None, pool: str | None, size: int,
 
 
 def _collect(
-    key: Key, access: SSHAccess | None, state: ClusterState, pool: str | None, size: int
+    key: Key,
+    access: SSHAccess | None,
+    file: StateFile,
+    state: ClusterState,
+    pool: str | None,
+    size: int,
+    *,
+    in_a_hurry: bool = False,
 ) -> dict[str, Any]:
-    """Fetch the nodes' output, by the tasks' names."""
+    """Fetch the nodes' output, by the tasks' names.
+
+    :param state: what is known of the cluster by now.
+    :param in_a_hurry: see :func:`.logs.collect`.
+    """
     from yellowdog_ray.raydog import logs
     from yellowdog_ray.raydog.platform import Platform
     from yellowdog_ray.raydog.pools import BuiltPool
@@ -236,11 +247,14 @@ def _collect(
 
     heads = [known for known in state.pools if known.role == "head"]
     addresses = [address for head in heads for address in (head.public_ip, head.private_ip) if address]
-    reach = Reach(addresses, access) if access is not None and addresses else None
+    reach = None
+    if access is not None and addresses:
+        reach = Reach(addresses, access, record=known_hosts(file, addresses[0]))
     platform = Platform(key.credentials(state))
     pools = [BuiltPool.of(known) for known in state.pools if pool in (None, known.internal_name)]
     try:
-        return {found.task: found for found in logs.collect(platform, reach, pools, size)}
+        found = logs.collect(platform, reach, pools, size, in_a_hurry=in_a_hurry)
+        return {one.task: one for one in found}
     finally:
         platform.close()
         if reach is not None:
@@ -312,8 +326,7 @@ def _keep_logs(key: Key, access: SSHAccess | None, keep: Path, file: StateFile) 
 
     try:
         state = newest_with_names(file)
-        logs.keep(
-            keep / str(state.cluster_name), _collect(key, access, state, None, logs.KEPT_BYTES).values()
-        )
+        found = _collect(key, access, file, state, None, logs.KEPT_BYTES, in_a_hurry=True)
+        logs.keep(keep / str(state.cluster_name), found.values())
     except Exception as error:
         log.warning("%s: the output of the nodes could not be kept: %s", file.path, error)

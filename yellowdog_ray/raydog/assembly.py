@@ -81,13 +81,14 @@ class Assembly:
     def settle(self) -> None:
         """Let no call be started any more, and wait for those that are under way.
 
-        What they create is known then; of a call that is waited for in vain, at least the name is.
+        What they create is known then; of a call that is waited for in vain, at least the name is. Where
+        nothing has been sent, there is nothing to wait for.
         """
         crews = list(self._crews)
         for crew in crews:
             crew.operation.cancel()
         for crew in crews:
-            crew.stop()
+            crew.stop(wait_for_them=bool(self.made.sent))
 
     def exists(self, pool: BuiltPool) -> bool:
         """Tell whether there may be something of a pool on the platform."""

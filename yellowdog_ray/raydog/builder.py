@@ -6,15 +6,18 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
 from yellowdog_ray.errors import (
+    SpecError,
     StateError,
     TeardownError,
 )
@@ -34,6 +37,7 @@ from yellowdog_ray.raydog.specs import (
     Credentials,
     NodeSpec,
     RayAuth,
+    check_path,
     make,
 )
 from yellowdog_ray.raydog.state import ClusterState
@@ -43,6 +47,16 @@ from yellowdog_ray.raydog.undo import add_note
 __all__ = ["RayDogCluster", "RayDogClusterProxy"]
 
 log = logging.getLogger(__name__)
+
+# The clusters of this process, as long as somebody holds them.
+_clusters: weakref.WeakSet[RayDogCluster] = weakref.WeakSet()
+
+
+@atexit.register
+def _at_the_end() -> None:
+    """Say of every cluster that goes on that it does: then nobody can use it any more."""
+    for cluster in list(_clusters):
+        cluster._say_unclosed()
 
 
 class RayDogCluster(ClusterBuilding):
@@ -87,9 +101,9 @@ class RayDogCluster(ClusterBuilding):
     :param access: how this process reaches the nodes: an :class:`.SSHAccess`; or ``"direct"`` where it can
         connect to their addresses itself. None where it need not; then Ray itself cannot be asked for its
         nodes, and the nodes' output not be fetched.
-    :param keep_logs: a directory for the output of the nodes' tasks, which is fetched through ``access``
-        before a pool is removed or the cluster shut down, into ``<cluster>/<pool>/<task>.log`` there; None to
-        keep none.
+    :param keep_logs: a directory for the output of the nodes' tasks, which is fetched over SSH
+        (``access``) before a pool is removed or the cluster shut down, into ``<cluster>/<pool>/<task>.log``
+        there, which delays that by a minute at most; None to keep none.
     :param on_event: called with every :class:`.Event` of the cluster, in the thread in which it happens.
     :param progress: whether a progress display is shown on the standard error stream; None for where that is
         a terminal.
@@ -160,8 +174,12 @@ class RayDogCluster(ClusterBuilding):
             direct=access == "direct",
         )
         self._token = new_token() if ray_auth == "token" else None
-        self._state_file = None if state_file is None else Path(state_file).expanduser()
+        self._state_file = None if state_file is None else check_path(state_file, "state_file")
+        if self._state_file is not None and not self._state_file.name:
+            raise SpecError(f"state_file: {state_file!r} does not name a file")
         self._set_up(credentials, spec, access, keep_logs, on_event, progress)
+        self._process = os.getpid()
+        _clusters.add(self)
 
     @classmethod
     def attach(
@@ -186,6 +204,7 @@ class RayDogCluster(ClusterBuilding):
         :param state: the cluster's state file, or a file or :class:`.ClusterState` that was saved.
         :param yd_platform_api_url: None for the one in the state.
         :returns: the cluster. One that was built in part only can be looked at and shut down.
+        :raises SpecError: where another argument cannot work.
         :raises StateError: where it is not the state of a cluster, or was written by the existing package,
             which keeps too little in it; :class:`RayDogClusterProxy` can shut such a cluster down.
         :raises OSError: where the file cannot be read.
@@ -216,6 +235,7 @@ class RayDogCluster(ClusterBuilding):
         cluster._token = None
         cluster._state_file = journal.path
         cluster._set_up(credentials, spec, access, keep_logs, on_event, progress)
+        cluster._check_keep_logs()
         cluster._come_back(journal, {role: BuiltPool.of(pool) for role, pool in pools.items()})
         return cluster
 
@@ -277,9 +297,27 @@ class RayDogCluster(ClusterBuilding):
         self._close_display()
 
     def __del__(self) -> None:
-        phase = getattr(self, "_phase", Phase.NEW)
-        if phase not in (Phase.NEW, Phase.ENDED) and not self._attached:
+        if self._say_unclosed():
             warnings.warn(f"{self!r} was not shut down", ResourceWarning, source=self, stacklevel=2)
+
+    def _say_unclosed(self) -> bool:
+        """Say that the cluster goes on although nobody can use the object any more, unless that is meant.
+
+        :returns: whether it was to be said.
+        """
+        phase = getattr(self, "_phase", Phase.NEW)
+        # A process that was forked has a copy of what is not its own.
+        if phase in (Phase.NEW, Phase.ENDED) or self._attached or self._process != os.getpid():
+            return False
+        self._attached = True  # once is enough
+        journal = self._journal
+        # Where the file is gone, somebody else has ended the cluster.
+        if journal is not None and journal.path.exists():
+            # Python shows a ResourceWarning to nobody who has not asked for it.
+            log.warning(
+                "%r was not shut down, and may go on. To end it: raydog shut-down %s", self, journal.path
+            )
+        return True
 
 
 def _journal_of(state: ClusterState | str | os.PathLike[str]) -> Journal:

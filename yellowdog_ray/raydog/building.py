@@ -43,7 +43,9 @@ class ClusterBuilding(ClusterEnding):
     def plan(self, head_node_build_timeout: timedelta | None = None) -> ClusterPlan:
         """Tell what :meth:`build` will create, without any call: printable, and as JSON.
 
-        It holds no secret; the Ray token and what is not known yet are said in words.
+        The application key's secret and the Ray token are masked, and so are the values of tags that are
+        called like a secret (``token``, ``db-passwd``, ``apikey``). Scripts and user data are shown as they
+        are: a secret that you have written into one is in the plan. What is not known yet is said in words.
 
         :param head_node_build_timeout: as it will be given to :meth:`build`.
         :raises ClusterStateError: where the cluster is built already.
@@ -72,12 +74,12 @@ class ClusterBuilding(ClusterEnding):
         is over or Ctrl-C is pressed, what had been created is taken back before the error is raised.
 
         :param head_node_build_timeout: how long it may take; None for as long as it takes, eleven hours at
-            most.
+            most. Taking back what had been created comes on top: some seconds, where the platform answers.
         :param until: ``"ray"`` to return only when Ray on the head answers that it is healthy, some seconds
             later; the cluster needs an ``access`` for it.
         :returns: the private and the public address of the head node, the latter None where it has none.
-        :raises SpecError: where the timeout is none; with ``until="ray"`` also where there is no access, or
-            its key file is of no use.
+        :raises SpecError: where the timeout is none, or nothing can be written to ``keep_logs``; with
+            ``until="ray"`` also where there is no access, or its key file is of no use.
         :raises StateError: where the state file cannot be written.
         :raises ClusterStateError: where the cluster is built already.
         :raises CredentialsError: where the platform does not accept the key.
@@ -98,6 +100,7 @@ class ClusterBuilding(ClusterEnding):
         if until == "ray" and isinstance(self._access, SSHAccess):
             self._access.check_key_file()
         self._check_not_built()
+        self._check_keep_logs()
         with self._building:
             built = self._assemble(timeout)
             operation = Operation((timeout or plan.MAX_BUILD).total_seconds())
@@ -240,5 +243,5 @@ class ClusterBuilding(ClusterEnding):
                 self._targets = targets
         self._note_ended(built, targets)
         if gone:
-            self._platform.close()
+            self._platform.close(wait=bool(built.made.sent))
         self._emit(events.BuildFailed(self._spec.name, reason, tuple(targets.items)))

@@ -27,6 +27,7 @@ from yellowdog_ray.raydog.reach import Reach
 from yellowdog_ray.raydog.specs import (
     ClusterSpec,
     Credentials,
+    check_path,
 )
 from yellowdog_ray.raydog.teardown import Targets
 from yellowdog_ray.raydog.token_file import read_token
@@ -78,10 +79,14 @@ class ClusterCore:
     ) -> None:
         if access is not None and access != "direct" and not isinstance(access, SSHAccess):
             raise SpecError(f'access: an SSHAccess, "direct" or None is needed, not {type(access).__name__}')
+        if keep_logs is not None and not isinstance(access, SSHAccess):
+            raise SpecError(
+                "keep_logs: the nodes' output is fetched over SSH, which needs access=SSHAccess(...)"
+            )
         if on_event is not None and not callable(on_event):
             raise SpecError(f"on_event: a function is needed, not {type(on_event).__name__}")
         self._credentials, self._spec, self._access = credentials, spec, access
-        self._keep_logs = None if keep_logs is None else Path(keep_logs).expanduser()
+        self._keep_logs = None if keep_logs is None else check_path(keep_logs, "keep_logs")
         self._display = progress_display(progress)
         listeners = (on_event, self._display)
         self._emit = events.Emitter(*(listener for listener in listeners if listener is not None))

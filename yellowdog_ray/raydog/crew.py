@@ -61,13 +61,17 @@ class Crew:
         pending = [other for other in self._futures if not other.done()]
         wait(pending, timeout=self.operation.remaining, return_when=FIRST_COMPLETED)
 
-    def stop(self) -> None:
-        """Start no more of them, and wait for those that are under way: what they create is to be known."""
+    def stop(self, wait_for_them: bool = True) -> None:
+        """Start no more of them, and wait for those that are under way: what they create is to be known.
+
+        :param wait_for_them: whether any of them may create something.
+        """
         self.operation.cancel()
         for future in self._futures:
             future.cancel()
-        # A call takes no longer, nor does the wait for another process that changes the same.
-        wait(self._futures, timeout=CONNECT_TIMEOUT + READ_TIMEOUT + 5.0)
+        if wait_for_them:
+            # A call takes no longer, nor does the wait for another process that changes the same.
+            wait(self._futures, timeout=CONNECT_TIMEOUT + READ_TIMEOUT + 5.0)
 
     def _check_stopped(self) -> None:
         if self.operation.cancelled.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -11,6 +12,7 @@ from pathlib import Path
 from yellowdog_ray.errors import (
     ClusterStateError,
     RayDogError,
+    SpecError,
 )
 from yellowdog_ray.raydog import logs
 from yellowdog_ray.raydog.access import SSHAccess
@@ -157,12 +159,28 @@ class ClusterInsight(ClusterRecord):
                 )
         return found
 
+    def _check_keep_logs(self) -> None:
+        """Make the directory for logs.
+
+        :raises SpecError: where nothing can be kept there.
+        """
+        if self._keep_logs is None:
+            return
+        try:
+            self._keep_logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._keep_logs):
+                pass
+        except OSError as error:
+            raise SpecError(
+                f"keep_logs: nothing can be kept in {self._keep_logs}: {error.strerror or error}"
+            ) from error
+
     def _keep(self, pools: Sequence[BuiltPool]) -> None:
         """Keep the output of pools that are about to end. That it cannot be had keeps nothing from ending."""
         if self._keep_logs is None:
             return
         try:
-            found = logs.collect(self._platform, self._way(), pools, logs.KEPT_BYTES)
+            found = logs.collect(self._platform, self._way(), pools, logs.KEPT_BYTES, in_a_hurry=True)
             logs.keep(self._keep_logs / self._spec.name, found)
         except Exception as error:
             log.warning("The output of the nodes could not be kept: %s: %s", type(error).__name__, error)

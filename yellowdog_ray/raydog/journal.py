@@ -25,7 +25,7 @@ from yellowdog_ray.errors import RayDogError, StateError
 from yellowdog_ray.raydog.state import ClusterState
 from yellowdog_ray.raydog.token_file import remove_token
 
-__all__ = ["Journal", "default_path", "find_states", "forget_all", "state_directory"]
+__all__ = ["Journal", "default_path", "find_states", "forget_all", "own_path", "state_directory"]
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,15 @@ def state_directory() -> Path:
 def default_path(namespace: str, name: str, build_id: str) -> Path:
     """Tell the state file of a cluster: a new name for every build, so that no state replaces another."""
     return state_directory() / f"{namespace}.{name}.{build_id}.json"
+
+
+def own_path(path: Path) -> Path:
+    """Tell the one path that a state file is known by, where it may be a symbolic link to it."""
+    # What is beside it, its lock for one, is to be the same for all that use it; and the link is to stay one.
+    with contextlib.suppress(OSError, RuntimeError):  # links that go in a circle, which opening it tells
+        if path.is_symlink():
+            return path.resolve()
+    return path.absolute()
 
 
 def find_states(directory: Path) -> list[Path]:
@@ -110,7 +119,7 @@ class Journal:
 
         :raises StateError: where it cannot be written, or holds the state of another cluster.
         """
-        path = path.absolute()
+        path = own_path(path)
         journal = cls(path, state.but(state_file=str(path)))
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -132,7 +141,7 @@ class Journal:
         :raises StateError: where it is not the saved state of a cluster.
         :raises OSError: where it cannot be read.
         """
-        journal = cls(path.absolute(), ClusterState.load(path))
+        journal = cls(own_path(path), ClusterState.load(path))
         journal._begun = True
         return journal
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, unquote
 
-from yellowdog_ray.errors import RayDogError
+from yellowdog_ray.errors import RayDogError, TunnelError
 from yellowdog_ray.raydog.platform import Platform
 from yellowdog_ray.raydog.pools import BuiltPool
 from yellowdog_ray.raydog.reach import Reach
+from yellowdog_ray.raydog.threads import Threads
 from yellowdog_ray.raydog.transport import Operation
 from yellowdog_ray.utils._files import write_private
 
@@ -26,7 +27,7 @@ __all__ = ["KEPT_BYTES", "NodeLog", "collect", "keep", "kept", "tail"]
 
 log = logging.getLogger(__name__)
 
-# How long all of the logs of a pool may take.
+# How long all of the logs of a pool may take; those that are kept, of all pools together.
 _SECONDS = 60.0
 _AT_ONCE = 15
 # How much of the end of a task's output is kept.
@@ -63,17 +64,47 @@ class NodeLog:
 
 
 def collect(
-    platform: Platform, reach: Reach | None, pools: Iterable[BuiltPool], max_bytes: int
+    platform: Platform,
+    reach: Reach | None,
+    pools: Iterable[BuiltPool],
+    max_bytes: int,
+    *,
+    in_a_hurry: bool = False,
 ) -> Iterator[NodeLog]:
     """Fetch the output of every task of some pools, a few of them at a time.
 
+    Where the head cannot be reached, it is not tried again for the others.
+
     :param max_bytes: how much of the end of each.
+    :param in_a_hurry: whether a minute is all that there is for all pools, and not for each.
     :raises RayDogError: where the platform cannot be asked for the tasks.
     """
+    # Of its own: this takes long, and the platform's are for calls that others wait for.
+    threads = Threads(_AT_ONCE, "raydog-logs")
+    try:
+        yield from _collect(platform, threads, reach, pools, max_bytes, Operation(_SECONDS), in_a_hurry)
+    finally:
+        threads.close(wait=False)
+
+
+def _collect(
+    platform: Platform,
+    threads: Threads,
+    reach: Reach | None,
+    pools: Iterable[BuiltPool],
+    max_bytes: int,
+    operation: Operation,
+    in_a_hurry: bool,
+) -> Iterator[NodeLog]:
+    unreachable: list[str] = []
     for pool in pools:
         if pool.group_id is None or pool.id is None:
             continue
-        operation = Operation(_SECONDS)
+        if not in_a_hurry:
+            operation = Operation(_SECONDS)
+        if operation.expired:
+            log.warning("The output of the pool %s was not fetched: there was no time left", pool.plan.name)
+            continue
         addresses = {
             node.id: node.details.privateIpAddress
             for node in platform.nodes(pool.id, operation)
@@ -85,15 +116,23 @@ def collect(
             fetching = [
                 (
                     task,
-                    platform.submit(
-                        _Fetch(reach, pool, task, addresses.get(task.nodeId or ""), max_bytes, operation)
+                    threads.submit(
+                        _Fetch(
+                            reach,
+                            pool,
+                            task,
+                            addresses.get(task.nodeId or ""),
+                            max_bytes,
+                            operation,
+                            unreachable,
+                        )
                     ),
                 )
                 for task in few
             ]
             for task, future in fetching:
                 try:
-                    yield future.result(None if future.running() else operation.remaining)
+                    yield future.result(operation.remaining)
                 except FutureTimeoutError:
                     future.cancel()
                     yield _missing(pool, task, _TOO_LATE)
@@ -101,7 +140,10 @@ def collect(
 
 @dataclass
 class _Fetch:
-    """One task's output, fetched when it is called."""
+    """One task's output, fetched when it is called.
+
+    :param unreachable: why the head could not be reached for another one's, where that was so.
+    """
 
     reach: Reach | None
     pool: BuiltPool
@@ -109,6 +151,7 @@ class _Fetch:
     address: str | None
     max_bytes: int
     operation: Operation
+    unreachable: list[str]
 
     def __call__(self) -> NodeLog:
         pool, task = self.pool, self.task
@@ -123,9 +166,13 @@ class _Fetch:
             return _missing(pool, task, f"its task is {task.status}: it has printed nothing yet")
         if self.reach is None:
             return _missing(pool, task, _NO_ACCESS)
+        if self.unreachable:
+            return _missing(pool, task, self.unreachable[0])
         try:
             text = self.reach.task_output(self.address, str(task.id), self.max_bytes)
         except (RayDogError, OSError) as error:
+            if isinstance(error, TunnelError) and not self.reach.connected:
+                self.unreachable.append(str(error))
             return _missing(pool, task, str(error))
         return NodeLog(str(task.name), pool.plan.internal_name, text, "node")
 
@@ -143,11 +190,12 @@ def _missing(pool: BuiltPool, task: Task, note: str) -> NodeLog:
 def keep(directory: Path, logs: Iterable[NodeLog]) -> None:
     """Write what has been fetched into files, one for each task, in a directory for each pool.
 
-    What cannot be had or written is only logged.
+    What cannot be had or written is only logged, once for each reason.
     """
+    missing: dict[str | None, list[str]] = {}
     for found in logs:
         if found.text is None:
-            log.warning("The output of %s was not kept: %s", found.task, found.note)
+            missing.setdefault(found.note, []).append(found.task)
             continue
         try:
             place = directory / quote(found.pool, safe="")
@@ -155,6 +203,9 @@ def keep(directory: Path, logs: Iterable[NodeLog]) -> None:
             write_private(place / f"{found.task}.log", found.text)
         except OSError as error:
             log.warning("The output of %s could not be kept in %s: %s", found.task, directory, error)
+    for note, tasks in missing.items():
+        more = f" and {len(tasks) - 3} others" if len(tasks) > 3 else ""
+        log.warning("The output of %s%s was not kept: %s", ", ".join(tasks[:3]), more, note)
 
 
 def kept(directory: Path, since: datetime | None) -> dict[str, NodeLog]:

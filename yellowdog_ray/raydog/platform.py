@@ -7,11 +7,9 @@ that name, and what stands there is adopted where it is what this build asked fo
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +25,7 @@ from yellowdog_ray.errors import (
 from yellowdog_ray.raydog import plan
 from yellowdog_ray.raydog.plan import PoolPlan
 from yellowdog_ray.raydog.specs import ClusterSpec, Credentials
+from yellowdog_ray.raydog.threads import Threads
 from yellowdog_ray.raydog.transport import (
     CONNECTIONS,
     NOT_YET_SECONDS,
@@ -59,6 +58,8 @@ _T = TypeVar("_T")
 
 # One connection is left for the caller's own thread.
 THREADS = CONNECTIONS - 1
+# For how long after it was sent a creating call may still be carried out whose answer there was no time for.
+UNANSWERED_SECONDS = 10.0
 
 
 @dataclass
@@ -69,11 +70,14 @@ class Build:
     :param begun: when it began, by the platform's clock; None where that is not known any more.
     :param sent: the names of what a creating call was sent for and not refused: under these there may be
         something on the platform, even where its id never came.
+    :param late_until: until when (monotonic) what was sent may come into being, where there was no time to
+        wait for the answer.
     """
 
     id: str
     begun: datetime | None = None
     sent: set[str] = field(default_factory=set)
+    late_until: float = 0.0
 
     def made(self, tag: str | None, created: datetime | None) -> bool:
         """Tell by its tag whether this build created a thing.
@@ -102,9 +106,7 @@ class Platform:
 
     def __init__(self, credentials: Credentials, on_retry: Callable[[str, str], None] | None = None) -> None:
         self._transport = Transport(credentials, on_retry)
-        self._threads: ThreadPoolExecutor | None = None
-        self._threads_lock = threading.Lock()
-        self._process = os.getpid()
+        self._threads = Threads(THREADS, "raydog")
 
     @property
     def client(self) -> PlatformClient:
@@ -121,31 +123,15 @@ class Platform:
         return self._transport.now()
 
     def submit(self, function: Callable[[], _T]) -> Future[_T]:
-        """Run a function in one of the platform's threads."""
-        with self._threads_lock:
-            if self._threads is None or self._process != os.getpid():
-                # A process that was forked has none of its parent's threads.
-                self._process = os.getpid()
-                self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="raydog")
-            threads = self._threads
-        try:
-            return threads.submit(function)
-        except RuntimeError:
-            # The interpreter is ending and starts no more threads; what is to be ended is ended in this one.
-            log.debug("No thread could be started", exc_info=True)
-        future: Future[_T] = Future()
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-        return future
+        """Run a function in one of the platform's threads; see :meth:`.Threads.submit`."""
+        return self._threads.submit(function)
 
-    def close(self) -> None:
-        """Close the connections and end the threads. Both come back when they are next needed."""
-        with self._threads_lock:
-            threads, self._threads = self._threads, None
-        if threads is not None:
-            threads.shutdown(wait=True)
+    def close(self, wait: bool = True) -> None:
+        """Close the connections and end the threads. Both come back when they are next needed.
+
+        :param wait: whether to wait for the calls that are under way.
+        """
+        self._threads.close(wait)
         self._transport.close()
 
     def call(
@@ -361,14 +347,20 @@ class Platform:
 
         def attempt() -> _T:
             nonlocal first_seen
-            if operation.cancelled.is_set():
-                raise BuildError(f"it was stopped before the call to {what}")
-            # Noted before it is sent: whatever ends us from here on, the name will be looked up.
+            # Noted before it is sent: whatever ends us from here on, the name will be looked up. And before
+            # we look whether to stop: who says so then finds the name, or can be sure that nothing is sent.
             doubtful = named.name in build.sent
             build.sent.add(named.name)
+            if operation.cancelled.is_set():
+                if not doubtful:
+                    build.sent.discard(named.name)
+                raise BuildError(f"it was stopped before the call to {what}")
+            until = time.monotonic() + UNANSWERED_SECONDS
             try:
                 return post()
             except Exception as error:
+                if operation.expired and getattr(error, "response", None) is None:
+                    build.late_until = max(build.late_until, until)
                 if refused(error):
                     if not doubtful:
                         build.sent.discard(named.name)

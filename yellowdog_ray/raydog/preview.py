@@ -27,8 +27,13 @@ HEAD_IP = "<head's private address>"
 OBSERVABILITY_IP = "<observability node's private address>"
 MASK = "********"
 
-# The names of tags and variables of which the values are not shown, such as api-key and MY_TOKEN_2.
-_SECRET_NAME = re.compile(r"(?<![a-z0-9])(token|secret|password|key)s?(?![a-z0-9])", re.IGNORECASE)
+# The names of tags and variables of which the values are not shown, such as apikey, db-passwd and MY_TOKEN_2,
+# but not monkey.
+_SECRET_NAME = re.compile(
+    r"(token|secret|passw(or)?d|passphrase|pwd|credential"
+    r"|((?<![a-z0-9])|access|api|auth|license|private|secret|ssh)key)s?\d*(?![a-z0-9])",
+    re.IGNORECASE,
+)
 
 
 class PlannedRequest(NamedTuple):

@@ -88,7 +88,8 @@ class Reach:
     """One way to the nodes of a cluster: through SSH to its head where there is an access, else directly.
 
     Making one does nothing yet. It may be used by several threads at once. A call takes at most some 10 s to
-    connect to each of the addresses and to log in, and 10 s for the answer. One that finds the SSH connection
+    connect to each of the addresses and to log in, and 10 s for the answer; those that wait for the same
+    connection fail together. One that finds the SSH connection
     lost makes a new one; where it was lost without a word, finding out takes some 15 s. After a refused login
     the next one is tried 3 s later; calls before that fail with what was said then.
 
@@ -122,6 +123,8 @@ class Reach:
         self._connection: Connection | None = None
         self._closed = False
         self._refusal: _Refusal | None = None
+        self._attempts = 0  # to connect that have ended, and why the last one failed
+        self._problem: TunnelError | None = None
         self._connecting = threading.Lock()  # held while a connection is made, which may take long
         self._lock = threading.Lock()  # for the two above it, held for a moment only
 
@@ -231,6 +234,12 @@ class Reach:
         """The head's address: the first one, or the last one that was connected to."""
         return self._preferred
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is an SSH connection to the head, which may be lost without a word though."""
+        with self._lock:
+            return self._connection is not None and self._connection.is_active
+
     def close(self) -> None:
         """Close the connection, if there is one; every later call is refused. Closing twice is no error."""
         with self._lock:
@@ -328,6 +337,7 @@ class Reach:
 
     def _connected(self) -> tuple[Connection, bool]:
         """Return the connection to the head and whether it was made just now."""
+        attempts = self._attempts
         with self._connecting:
             with self._lock:
                 if self._closed:
@@ -337,7 +347,16 @@ class Reach:
                 if connection.is_active:
                     return connection, False
                 self._drop(connection)
-            connection = self._connect()
+            if self._attempts != attempts and (problem := self._problem) is not None:
+                # It failed while this call waited for it; each for itself would wait once more.
+                raise type(problem)(str(problem))
+            try:
+                connection, self._problem = self._connect(), None
+            except TunnelError as error:
+                self._problem = error
+                raise
+            finally:
+                self._attempts += 1
             with self._lock:
                 if not self._closed:
                     self._connection = connection

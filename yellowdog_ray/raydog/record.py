@@ -12,7 +12,7 @@ from yellowdog_ray.errors import (
 )
 from yellowdog_ray.raydog.assembly import STOPPED, Assembly
 from yellowdog_ray.raydog.core import Phase
-from yellowdog_ray.raydog.journal import Journal, default_path
+from yellowdog_ray.raydog.journal import Journal, default_path, own_path
 from yellowdog_ray.raydog.pools import BuiltPool
 from yellowdog_ray.raydog.specs import (
     key_hint,
@@ -100,7 +100,7 @@ class ClusterRecord(ClusterView):
         lifetime = self._spec.lifetime
         self._lifetime_ends = None if lifetime is None else self._created + lifetime
         path = self._state_file or default_path(self._spec.namespace, self._spec.name, built.made.id)
-        path, token = path.absolute(), self._ray_token()
+        path, token = own_path(path), self._ray_token()
         state = self._state_of(built, built.pools(workers)).but(status="building")
         if token is None:
             self._journal = built.journal = Journal.create(path, state)

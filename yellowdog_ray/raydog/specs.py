@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import os
 import re
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,6 +24,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    Strict,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -46,6 +49,7 @@ __all__ = [
     "check_api_url",
     "check_count",
     "check_duration",
+    "check_path",
     "check_seconds",
     "key_hint",
     "make",
@@ -172,7 +176,8 @@ Template = Annotated[StrictStr, AfterValidator(_template)]
 Script = Annotated[StrictStr, AfterValidator(_script)]
 Text = Annotated[StrictStr | None, BeforeValidator(_none_if_empty)]
 InstanceTags = Annotated[dict[StrictStr, StrictStr], AfterValidator(_instance_tags)]
-Duration = Annotated[timedelta, AfterValidator(_positive)]
+# A number would be taken for seconds, and nobody who writes 8 means that.
+Duration = Annotated[timedelta, Strict(), AfterValidator(_positive)]
 NodeCount = Annotated[StrictInt, Field(ge=1, le=MAX_NODES)]
 
 
@@ -349,6 +354,20 @@ def check_seconds(value: Any, name: str) -> float:
     if not seconds > 0:  # nor is nan
         raise SpecError(f"{name}: {value} is not longer than zero")
     return float(seconds)
+
+
+def check_path(value: Any, name: str) -> Path:
+    """Check the path of a file or directory; a ``~`` at its beginning stands for a home.
+
+    :raises SpecError: where it is none.
+    """
+    try:
+        text = os.fspath(value)
+        if not isinstance(text, str) or not text.strip() or "\0" in text:
+            raise TypeError
+        return Path(text).expanduser()
+    except (TypeError, RuntimeError):
+        raise SpecError(f"{name}: a path is needed, not {value!r}") from None
 
 
 def key_hint(credentials: Credentials) -> str:

@@ -64,7 +64,7 @@ class Targets:
     """Everything that is to end. What has been verified as ended is taken off the lists.
 
     :param build: by which what is found by a name is recognised; None where the names are trusted.
-    :param late_seconds: for how long what has no id yet may still come into being.
+    :param late_seconds: for how long what has no id yet may still come into being, at least.
     :param prefix: what the names of all pools have in common, so that they can be listed.
     """
 
@@ -132,7 +132,9 @@ class _Teardown:
 
     @property
     def may_come_late(self) -> bool:
-        return time.monotonic() - self.began < self.targets.late_seconds
+        build = self.targets.build
+        until = max(self.began + self.targets.late_seconds, 0.0 if build is None else build.late_until)
+        return time.monotonic() < until
 
 
 class _Item:

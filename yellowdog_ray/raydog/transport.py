@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -48,6 +49,8 @@ _T = TypeVar("_T")
 
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0
+# How much longer than its operation a call may take: a healthy platform answers in that time.
+GRACE_SECONDS = 2.0
 # How many calls may be under way at once, each with a connection of its own.
 CONNECTIONS = 16
 # How long one call is tried again before its last error is raised.
@@ -118,6 +121,7 @@ class Transport:
         self._client: PlatformClient | None = None
         self._lock = threading.Lock()
         self._clock: float | None = None
+        self._calling = threading.local()
 
     @property
     def client(self) -> PlatformClient:
@@ -153,7 +157,7 @@ class Transport:
     ) -> _T:
         """Make a call, again and again while its faults are transient, and raise what it ended with.
 
-        It is tried for 30 s, or until the operation's end.
+        It is tried for 30 s, or until the operation's end, and an answer is waited for hardly longer.
 
         :param what: what the call does, for the error: "provision the worker pool x".
         :param may_be_missing: whether "not found" is an answer. Else it is believed after 2 s only, for what
@@ -183,12 +187,16 @@ class Transport:
             before_sleep=lambda state: self._note_retry(what, state),
             reraise=True,
         )
+        outer = getattr(self._calling, "operation", None)
+        self._calling.operation = operation
         try:
             return retrying(function)
         except RayDogError:
             raise
         except Exception as error:
             raise _readable(what, error, self.credentials) from error
+        finally:
+            self._calling.operation = outer
 
     def _note_retry(self, what: str, state: tenacity.RetryCallState) -> None:
         error = _outcome(state)
@@ -228,7 +236,17 @@ class Transport:
             if isinstance(adapter, requests.adapters.HTTPAdapter):
                 # It keeps ten connections, and says so in the log when there are more.
                 adapter.init_poolmanager(CONNECTIONS, CONNECTIONS)
+                adapter.send = partial(self._send, adapter.send)  # type: ignore[method-assign]
         return client
+
+    def _send(self, send: Callable[..., requests.Response], *args: Any, **options: Any) -> requests.Response:
+        """Send a request, and wait for its answer no longer than the operation has time that it is for."""
+        operation: Operation | None = getattr(self._calling, "operation", None)
+        if operation is not None and operation.remaining is not None:
+            most = operation.remaining + GRACE_SECONDS
+            # The time to connect and the time to read, of which both are set above.
+            options["timeout"] = tuple(min(seconds, most) for seconds in options["timeout"])
+        return send(*args, **options)
 
     def _note_clock(self, response: Any, *_args: Any, **_kwargs: Any) -> None:
         try:
