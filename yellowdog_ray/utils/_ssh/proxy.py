@@ -67,8 +67,8 @@ class ProxySocket(socket.socket):
                 return
             self._is_ending = True
         self._signal(signal.SIGTERM)
-        # Python waits for this one before it exits.
-        thread = threading.Thread(target=self._see_it_end, name="ray-tunnels-proxy-command")
+        # Python waits for this one before it exits; of a daemon it would be one too.
+        thread = threading.Thread(target=self._see_it_end, name="ray-tunnels-proxy-command", daemon=False)
         try:
             thread.start()
         except RuntimeError:  # there are to be no more threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -15,7 +16,7 @@ _CLOSE = 97
 
 
 class Packetizer(paramiko.packet.Packetizer):
-    """Notes when the server was last heard, whatever it said."""
+    """Notes when the server was last heard, whatever it said, and closes in silence."""
 
     def __init__(self, sock: object) -> None:
         super().__init__(sock)  # type: ignore[arg-type]
@@ -25,6 +26,11 @@ class Packetizer(paramiko.packet.Packetizer):
         message = super().read_message()
         self.heard = time.monotonic()
         return message
+
+    def close(self) -> None:
+        # Through a bastion, this sends a good-bye over a connection that may have ended meanwhile.
+        with contextlib.suppress(EOFError, OSError):
+            super().close()
 
 
 class Transport(paramiko.Transport):
