@@ -47,7 +47,12 @@ def oldest(session: nox.Session) -> None:
     needed = project["dependencies"] + project["optional-dependencies"]["local"]
     session.install("-e", ".", *(one.replace(">=", "==") for one in needed))
     session.install("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pyyaml")
-    session.run("pytest", "tests/conformance/test_sdk.py", "tests/conformance/test_sdk_searches.py")
+    session.run(
+        "pytest",
+        "tests/conformance/test_sdk.py",
+        "tests/conformance/test_sdk_searches.py",
+        "tests/unit/test_faults.py",
+    )
 
 
 @nox.session

@@ -227,6 +227,9 @@ def test_what_there_is_can_be_walked_through(world: World, reader: Any) -> None:
     assert reader.find_element("css selector", "nav [aria-current=page]").text == "Nodes"
 
 
+_ASKED = "performance.getEntriesByType('resource').some(one => one.initiatorType === 'fetch')"
+
+
 def test_the_links_of_yellowdog_cli(world: World, reader: Any) -> None:
     """What `yd` prints, the API's address with a thing's id after the #, leads to the thing's page."""
     cli = pytest.importorskip("yellowdog_cli.utils.misc_utils")
@@ -240,7 +243,7 @@ def test_the_links_of_yellowdog_cli(world: World, reader: Any) -> None:
     # Without a session it tells nobody where the pages are, and goes on when there is one.
     reader.execute_cdp_cmd("Network.clearBrowserCookies", {})
     reader.get(links[0])
-    time.sleep(0.3)
+    until(lambda: reader.execute_script(f"return {_ASKED}"))  # whether there is a session
     assert "A local platform" in body(reader)
     assert "raydog local status" in body(reader)
     assert urlsplit(base(world)).path not in reader.page_source

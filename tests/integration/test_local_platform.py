@@ -144,6 +144,10 @@ def until(look: Callable[[], Any], timeout: float = 15) -> Any:
     return found
 
 
+LASTING = f"1000.{os.getpid()}"
+"""Seconds of a `sleep` that nobody else has started."""
+
+
 def stray(seconds: str) -> str:
     """Return a line of a script that starts a `sleep` in whose process nothing tells of its node."""
     return f"(cd / && exec env -i setsid sleep {seconds} < /dev/null > /dev/null 2>&1) &"
@@ -425,7 +429,7 @@ class Owner(NamedTuple):
 def owner(request: pytest.FixtureRequest) -> Iterator[Owner]:
     """A process that owns a platform with a node on which a task runs."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _OWNER, request.param.value, stray("1000.432")],
+        [sys.executable, "-c", _OWNER, request.param.value, stray(LASTING)],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -437,14 +441,14 @@ def owner(request: pytest.FixtureRequest) -> Iterator[Owner]:
 
 
 def _sleepers(directory: Path) -> list[int]:
-    return [*processes_of(str(directory)), *running("sleep 1000.432")]
+    return [*processes_of(str(directory)), *running(f"sleep {LASTING}")]
 
 
 def test_the_platform_ends_with_its_owner(owner: Owner) -> None:
     """When the owner is killed, nodes, tasks, interface, control groups and directory go within seconds."""
     process, directory, interface, _, groups = owner
     assert processes_of(str(directory))
-    assert running("sleep 1000.432")
+    assert running(f"sleep {LASTING}")
     assert all(Path(group).exists() for group in groups)
 
     process.kill()
@@ -458,7 +462,7 @@ def test_the_platform_ends_with_its_owner(owner: Owner) -> None:
 def test_the_next_start_removes_what_a_crash_left(owner: Owner) -> None:
     """When the supervisor is killed together with the owner, the next platform cleans up after both."""
     process, directory, interface, supervisor, groups = owner
-    assert running("sleep 1000.432")
+    assert running(f"sleep {LASTING}")
     watcher = os.pidfd_open(supervisor)
     os.kill(supervisor, signal.SIGKILL)
     process.kill()

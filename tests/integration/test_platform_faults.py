@@ -28,7 +28,7 @@ from yellowdog_ray.local.belonging import processes_of
 from yellowdog_ray.local.nodes import Isolation
 
 from .conftest import kinds
-from .test_local_platform import running, stray, until
+from .test_local_platform import LASTING, running, stray, until
 
 
 class Lab:
@@ -100,9 +100,9 @@ def lab(request: pytest.FixtureRequest, platform: LocalPlatform, client: Platfor
 
 def test_a_lost_node_is_healed(lab: Lab) -> None:
     """A node that dies takes its processes along without a word; its task runs again on another one."""
-    task_id = lab.submit(f"trap 'echo warned' TERM\n{stray('1000.765')}\nsleep 1000 & wait", retries=1)
+    task_id = lab.submit(f"trap 'echo warned' TERM\n{stray(LASTING)}\nsleep 1000 & wait", retries=1)
     doomed = str(lab.reached(task_id, TaskStatus.EXECUTING).nodeId)
-    (first,) = until(lambda: running("sleep 1000.765"))
+    (first,) = until(lambda: running(f"sleep {LASTING}"))
     before = set(processes_of(lab.platform.directory))
     (instance,) = lab.platform.faults.lose_node(doomed, reason="lightning")
     task = lab.reached(task_id, TaskStatus.EXECUTING, attempt=2)
@@ -112,7 +112,7 @@ def test_a_lost_node_is_healed(lab: Lab) -> None:
     assert (error.errorType, error.error.endswith("lightning")) == ("ALLOCATION_LOST", True)
     after = set(processes_of(lab.platform.directory))
     assert before - after
-    until(lambda: first not in running("sleep 1000.765"))
+    until(lambda: first not in running(f"sleep {LASTING}"))
 
 
 def test_a_preempted_node_is_warned(lab: Lab) -> None:

@@ -236,11 +236,24 @@ def test_arguments_that_cannot_work() -> None:
     """So are arguments, by name."""
     with pytest.raises(SpecError, match="limits"):
         LocalPlatform(limits="yes")  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="limits"):
+        LocalPlatform(limits=0)  # type: ignore[arg-type]
     for port in (70_000, -1, "80"):
         with pytest.raises(SpecError, match=f"TCP port: {port!r}"):
             LocalControlPlane(port=port)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="'Big Node' is not a valid name"):
         LocalControlPlane(templates=[replace(DEFAULT_TEMPLATE, name="Big Node")])
+
+
+def test_a_half_written_file_goes(home: Home) -> None:
+    """What a writer that was killed has left goes at the next start, but nothing that is being written."""
+    old, new = home.directory / ".platform.json.abc.part", home.directory / ".platform.json.def.part"
+    for half in (old, new):
+        half.write_text("secret")
+    os.utime(old, (1, 1))
+    home.make()
+    assert new.exists()
+    assert not old.exists()
 
 
 def test_a_full_disk_is_called_by_its_name(tmp_path: Path, home: Home) -> None:

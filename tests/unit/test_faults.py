@@ -224,8 +224,9 @@ def test_a_fault_takes_only_calls_with_the_key(platform, client):
     assert fault.hits == 0
     assert client("GET", "/application").status_code == 503
     # A look at whether there is a platform at all needs no key.
-    platform.faults.faults = [Fault("GET", "^/$", 503)]
-    assert requests.get(platform.url, timeout=5).status_code == 503
+    platform.faults.faults = [Fault("GET", "/", 503)]
+    assert requests.get(platform.url, timeout=5).status_code == 200
+    assert client("GET", "/").status_code == 503
 
 
 def test_latency_and_what_was_seen(platform, client):

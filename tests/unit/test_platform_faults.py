@@ -533,7 +533,8 @@ def test_the_time_of_http_faults():
         fault = platform.faults.http(Fault("GET", "^/$", 418, count=None, after=0.3, for_=0.3))
         began, calls = time.monotonic(), []
         while (sent := time.monotonic()) < began + 1:
-            code = requests.get(platform.url, timeout=5).status_code
+            key = {"Authorization": f"yd-key {platform.key_id}:{platform.secret}"}
+            code = requests.get(platform.url, headers=key, timeout=5).status_code
             # How long after the fault was made it came in, at least and at most: the machine may be slow.
             calls.append((sent - began, time.monotonic() - before, code))
     assert {code for _, latest, code in calls if latest < 0.3} == {200}
@@ -634,6 +635,8 @@ def test_books(lab):
         {"kind": "http", "method": "GET"},
         {"kind": "http", "method": "GET", "path": "/", "what": 500, "hits": 3},
         {"kind": "http", "method": "GET", "path": "/", "what": 500, "body": 3},
+        {"kind": "http", "method": "GET", "path": "/", "what": 500, "body": "\ud800"},
+        {"kind": "http", "method": "GET", "path": "\ud800", "what": 500},
         {"kind": "fail_provision", "nodes": 3},
         {"kind": "delay_provision"},
         {"kind": "limit_capacity", "nodes": "few"},
@@ -652,7 +655,7 @@ def test_the_control_port_refuses(lab, body):
     assert answer.json()["error"]
     # Nothing of how it is made.
     assert not re.search("__init__|argument|positional|Faults|_provision\\(", answer.json()["error"])
-    if isinstance(body, dict) and body.get("body") is not None:
+    if isinstance(body, dict) and body.get("body") == 3:
         assert answer.json()["error"] == "body must be text, not 3"
     assert lab.control("GET", "/faults").json() == {"faults": [], "latency": 0.0}
 
@@ -706,6 +709,7 @@ def test_a_control_plane_in_another_process():
             assert answer.json()["time"] == pytest.approx(before + 3600)
             fault = {"kind": "http", "method": "GET", "path": "^/$", "what": 418}
             assert session.post(f"{about['control_url']}/faults", json=fault, timeout=5).status_code == 200
-        assert requests.get(about["url"], timeout=5).status_code == 418
+        key = {"Authorization": f"yd-key {about['key_id']}:{about['secret']}"}
+        assert requests.get(about["url"], headers=key, timeout=5).status_code == 418
         process.stdin.close()
         assert process.wait(10) == 0

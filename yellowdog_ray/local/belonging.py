@@ -56,7 +56,8 @@ def processes_of(directory: str) -> list[int]:
 def _lives(process: str) -> bool:
     """Tell whether a process is this user's, and has not ended."""
     state = uid = ""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+    # Its name may be anything, and is cut off in the middle of a letter.
+    for line in Path(f"/proc/{process}/status").read_text(errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name == "State":
             state = value.split()[0]

@@ -268,7 +268,7 @@ def _own_group(controller: str) -> tuple[str, str]:
 
 def _mount_of(hierarchy: str) -> tuple[str, str]:
     """Return where a hierarchy is mounted, and which group of it is seen there."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
         root, place = before.split(" ")[3:5]

@@ -7,7 +7,6 @@ outside the whole API, so a client cannot tell the fault from one of the network
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -68,6 +67,10 @@ def text(name: str, value: Any) -> None:
     """
     if not isinstance(value, str):
         raise SpecError(f"{name} must be text, not {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise SpecError(f"{name} must be text that UTF-8 can hold, not {value!r}") from None
 
 
 def pattern(name: str, value: Any) -> None:
@@ -303,8 +306,7 @@ class Faults:
             await self.app(scope, again, late)
             return
         if fault.what == "after" or fault.carried_out:
-            with contextlib.suppress(_BegunError):
-                await self.app(scope, again, _swallow)
+            await self._carry_out(scope, again)
         await self._hold(fault.delay, receive)
         if isinstance(fault.what, int):
             headers = [(key.encode(), value.encode("latin-1")) for key, value in fault.headers.items()]
@@ -313,6 +315,27 @@ class Faults:
             await send({"type": "http.response.body", "body": body})
         else:
             await _drop(send)
+
+    async def _carry_out(self, scope: Scope, receive: Receive) -> None:
+        """Do what is asked for, and lose the answer; of a stream, which may last for ever, the beginning."""
+        begun = asyncio.Event()
+
+        async def swallow(message: Message) -> None:
+            if message.get("more_body"):
+                begun.set()
+
+        tasks = [
+            asyncio.ensure_future(self.app(scope, receive, swallow)),
+            asyncio.ensure_future(begun.wait()),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _hold(self, seconds: float, receive: Receive) -> None:
         """Wait, as long as the client is there and the platform open."""
@@ -339,16 +362,6 @@ async def _gone(receive: Receive) -> bool:
     while (await receive())["type"] != "http.disconnect":
         pass
     return True
-
-
-class _BegunError(Exception):
-    """The first part of a stream is there."""
-
-
-async def _swallow(message: Message) -> None:
-    """Lose a part of an answer; a stream, which could go on for ever, ends with its first."""
-    if message.get("more_body"):
-        raise _BegunError
 
 
 async def _drop(send: Send) -> None:

@@ -52,6 +52,7 @@ _ABSENT: Mapping[str, Any] = {
     "templates": {},
 }
 _CLEAN_SECONDS = 15.0
+_HALF_SECONDS = 60.0  # after which a file that is half written has no writer any more
 
 
 class Home:
@@ -91,6 +92,11 @@ class Home:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.check()
             self.directory.chmod(0o700)
+            # What was half written when the writer was killed holds a key.
+            for half in self.directory.glob(".*.part"):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - half.stat().st_mtime > _HALF_SECONDS:
+                        half.unlink()
         except OSError as error:
             raise LocalPlatformError(
                 f"the local platform cannot keep its files in {self.directory}: {error.strerror or error}. "

@@ -148,8 +148,8 @@ def children() -> dict[int, list[int]]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError, IndexError, ValueError):
-                stat = Path(f"/proc/{entry}/stat").read_text()
-                # The command's name may hold blanks and brackets; what follows the last bracket is fixed.
+                stat = Path(f"/proc/{entry}/stat").read_text(errors="replace")
+                # The command's name may hold anything; what follows the last bracket is fixed.
                 state, parent = stat.rpartition(")")[2].split()[:2]
                 if state != "Z":
                     found.setdefault(int(parent), []).append(int(entry))

@@ -92,7 +92,7 @@ class LocalPlatform:
         kinds = [kind.value for kind in Isolation]
         if isolation is not None and isolation not in kinds:
             raise SpecError(f"no such isolation: {isolation!r}; choose from {', '.join(kinds)}")
-        if limits not in (None, True, False):
+        if limits is not None and not isinstance(limits, bool):
             raise SpecError(f"limits must be True, False or None, not {limits!r}")
         self._isolation = Isolation(isolation) if isolation else None
         self._port = None if port is None else check_port(port)

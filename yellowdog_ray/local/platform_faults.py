@@ -18,7 +18,7 @@ from yellowdog_ray.local.core import ControlPlane
 from yellowdog_ray.local.entities import Instance, Task
 from yellowdog_ray.local.faults import Fault, Faults, number, text, whole
 from yellowdog_ray.local.faulty_machines import CapacityLimit, FaultyMachines, ProvisionFault
-from yellowdog_ray.local.web import admitted
+from yellowdog_ray.local.web import shows_key
 
 __all__ = ["CALL_SECONDS", "PlatformFaults"]
 
@@ -38,7 +38,8 @@ class PlatformFaults(Faults):
     :meth:`limit_capacity`. The others happen at once: :meth:`lose_node`, :meth:`preempt_node`,
     :meth:`kill_task`.
 
-    A call without the right application key is answered as ever, and no fault is used up by it.
+    A call without the right application key is answered as ever, ``GET /`` too, which needs none, and uses no
+    fault up.
 
     Beside them there are, for requests, ``latency``: seconds by which every one is delayed; ``seen``: the
     latest that came in, as (method, path); ``requests``: how many did; and ``faults``: the list of
@@ -46,7 +47,7 @@ class PlatformFaults(Faults):
     """
 
     def __init__(self, app: ASGIApp, core: ControlPlane, machines: FaultyMachines) -> None:
-        super().__init__(app, core.closing, core.timers.time, lambda scope: admitted(scope, core))
+        super().__init__(app, core.closing, core.timers.time, lambda scope: shows_key(scope, core))
         self._core, self._machines = core, machines
 
     # Faults that stay
@@ -224,9 +225,9 @@ class PlatformFaults(Faults):
         """Warn machines, and let them die after a while, as a cloud takes spot machines back.
 
         The process of every task on them gets SIGTERM now; how it ends counts as any end. They are given
-        no more tasks, and do not count where their pool is resized or held to ``minNodes``; but it has no
-        place for others until they are gone. When the time is up they die as in :meth:`lose_node`, also where
-        nothing runs on them any more.
+        no more tasks, and do not count where their pool is resized or held to ``minNodes``; but it does not
+        grow by itself into their place until they are gone. When the time is up they die as in
+        :meth:`lose_node`, also where nothing runs on them any more.
 
         :param which: see :meth:`lose_node`, as for ``count``.
         :param warning: seconds from now until they die.

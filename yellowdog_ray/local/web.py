@@ -27,9 +27,9 @@ __all__ = [
     "Call",
     "Core",
     "Gate",
-    "admitted",
     "handler",
     "on_http_exception",
+    "shows_key",
     "stream",
     "tidy",
 ]
@@ -89,10 +89,8 @@ def tidy(path: str) -> str:
     return re.sub("/{2,}", "/", path).rstrip("/") or "/"
 
 
-def admitted(scope: Scope, core: Core) -> bool:
-    """Say whether a request shows the application key, or needs none."""
-    if tidy(scope["path"]) == "/" and scope["method"] in ("GET", "HEAD"):
-        return True
+def shows_key(scope: Scope, core: Core) -> bool:
+    """Say whether a request shows the application key."""
     scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
     key_id, colon, secret = key.partition(":")
     return scheme.lower() == "yd-key" and bool(colon) and core.check_key(key_id, secret)
@@ -116,7 +114,8 @@ class Gate:
             return
         path = tidy(scope["path"])
         scope = {**scope, "path": path, "raw_path": path.encode()}
-        if not admitted(scope, self._core):
+        needs_none = path == "/" and scope["method"] in ("GET", "HEAD")
+        if not needs_none and not shows_key(scope, self._core):
             refusal = error(401, "NotAuthorisedException", "The application key is missing or wrong")
             await refusal(scope, receive, send)
             return
