@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -144,12 +143,10 @@ class ClusterInsight(ClusterRecord):
             pools = named_pools(built.pools(self._workers))
         found = {} if self._keep_logs is None else logs.kept(self._keep_logs / self._spec.name, self._created)
         if self._phase is not Phase.ENDED:
-            for name, pool in pools.items():
-                if internal_name not in (None, name):
-                    continue
-                for fresh in logs.collect(self._platform, self._way(), [pool], max_bytes):
-                    if fresh.text is not None or fresh.task not in found:
-                        found[fresh.task] = replace(fresh, pool=name)
+            wanted = {name: pool for name, pool in pools.items() if internal_name in (None, name)}
+            for fresh in logs.collect(self._platform, self._way(), wanted, max_bytes):
+                if fresh.text is not None or fresh.task not in found:
+                    found[fresh.task] = fresh
         if internal_name is not None:
             found = {task: text for task, text in found.items() if text.pool == internal_name}
             if not found and internal_name not in pools:
@@ -175,8 +172,11 @@ class ClusterInsight(ClusterRecord):
                 f"keep_logs: nothing can be kept in {self._keep_logs}: {error.strerror or error}"
             ) from error
 
-    def _keep(self, pools: Sequence[BuiltPool]) -> None:
-        """Keep the output of pools that are about to end. That it cannot be had keeps nothing from ending."""
+    def _keep(self, pools: Mapping[str, BuiltPool]) -> None:
+        """Keep the output of pools that are about to end. That it cannot be had keeps nothing from ending.
+
+        :param pools: by their names in :meth:`status`.
+        """
         if self._keep_logs is None:
             return
         try:
