@@ -358,8 +358,12 @@ def test_attached_while_it_is_built(platform, state_directory, monkeypatch):
         (path,) = state_directory.glob("*.json")
         other = attach(path)
         assert other.status().phase == "built in part only"
+        left = attach(path)
+        left.detach()
         building.result(20)
     cluster.detach()
+    assert left.status().phase == "running"
+    assert left._watch is None
     status = other.status()
     assert status.phase == "running"
     assert status.head_private_ip == cluster.head_node_private_ip is not None
