@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import pytest
 
 from tests.clusters import SHORT, eventually, lose_machine, make
 from yellowdog_ray import SSHAccess
-from yellowdog_ray.errors import TunnelError, WaitTimeoutError
+from yellowdog_ray.errors import SpecError, TunnelError, WaitTimeoutError
 from yellowdog_ray.raydog import waiting
 from yellowdog_ray.raydog.reach import RayNode
 
@@ -80,6 +81,36 @@ def test_ray_counts(platform, cluster, ray):
     ray.addresses = there
     count = cluster.wait_for_workers(timeout=5)
     assert (count, count.source) == (2, "ray")
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), float("inf"), 1e300, 0, -1, "1", True])
+def test_a_time_that_cannot_be_waited_for(cluster, timeout):
+    """It is refused by name."""
+    with pytest.raises(SpecError, match="timeout: "):
+        cluster.wait_for_workers(timeout=timeout)
+
+
+@pytest.mark.parametrize("error", [None, FutureTimeoutError("late"), TimeoutError("late")])
+def test_an_answer_at_the_last_moment(platform, cluster, ray, monkeypatch, error):
+    """It counts, although the time for it was over just before; an error is one of the head's."""
+
+    class Late(Future):
+        def result(self, timeout=None):
+            found = super().exception(10)
+            if timeout is not None:
+                raise FutureTimeoutError
+            if found is not None:
+                raise found
+            return super().result()
+
+    ray.addresses = add(platform, cluster, 1)
+    ray.error = error
+    monkeypatch.setattr(waiting, "Future", Late)
+    if error is None:
+        assert cluster.wait_for_workers(timeout=5) == 1
+    else:
+        with pytest.raises(WaitTimeoutError, match=r"cannot be asked .*\(late\)"):
+            cluster.wait_for_workers(timeout=0.3)
 
 
 def test_nodes_of_a_removed_pool_do_not_count(platform, cluster, ray):

@@ -23,7 +23,7 @@ from yellowdog_ray.raydog.reach import Reach
 from yellowdog_ray.raydog.record import ClusterRecord
 from yellowdog_ray.raydog.specs import (
     check_count,
-    check_duration,
+    check_seconds,
 )
 from yellowdog_ray.raydog.status import ClusterStatus, PoolStatus
 from yellowdog_ray.raydog.survey import survey
@@ -61,9 +61,7 @@ class ClusterInsight(ClusterRecord):
         :raises WaitTimeoutError: a :class:`TimeoutError` that says how many there are: in time they have not
             come, or it has turned out earlier that they cannot come, with the reason.
         """
-        if isinstance(timeout, int | float) and not isinstance(timeout, bool):
-            timeout = timedelta(seconds=timeout)
-        limit = check_duration(timeout, "timeout")
+        limit = None if timeout is None else check_seconds(timeout, "timeout")
         self._synchronise()
         with self._lock:
             built = self._running("there are no workers to wait for")
@@ -77,7 +75,7 @@ class ClusterInsight(ClusterRecord):
             built.head,
             pools,
             wanted,
-            Operation(None if limit is None else limit.total_seconds()),
+            Operation(limit),
             self._emit,
             self._way(),
         )
