@@ -10,7 +10,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import pytest
 
-from tests.clusters import SHORT, eventually, lose_machine, make
+from tests.clusters import SHORT, end_leaving, eventually, lose_machine, make
 from yellowdog_ray import SSHAccess
 from yellowdog_ray.errors import SpecError, TunnelError, WaitTimeoutError
 from yellowdog_ray.raydog import waiting
@@ -146,7 +146,7 @@ def test_a_machine_that_was_replaced_counts_when_it_has_joined(platform, cluster
 def test_a_machine_on_its_way_out_does_not_count(platform, cluster, ray):
     """After a pool was scaled down and up again, who joins is waited for, and who leaves does not count."""
     ray.addresses = add(platform, cluster, 2)
-    platform.backend.stop_delay = 1.5
+    platform.backend.stop_delay = 30.0
     cluster.scale_worker_pool(GROUP, 1)
     cluster.scale_worker_pool(GROUP, 2)
     eventually(lambda: len(addresses(platform, GROUP)) == 3)
@@ -157,6 +157,7 @@ def test_a_machine_on_its_way_out_does_not_count(platform, cluster, ray):
         ray.addresses += set(addresses(platform, GROUP)) - set(ray.addresses)
         assert wait.result(10) == 2
         assert len(addresses(platform, GROUP)) == 3
+    end_leaving(platform)
 
 
 def test_workers_at_other_addresses(platform, cluster, ray, monkeypatch):
