@@ -119,7 +119,7 @@ def _running_task(served: Served, group: str, name: str | None):
 
 
 def end_leaving(served: Served) -> None:
-    """Let the tasks and nodes have ended at once that were told to, whatever ``stop_delay`` was, and later ones too."""
+    """Let what was told to end have ended at once, whatever ``stop_delay`` was, and later things soon."""
 
     def end() -> None:
         backend = served.backend
