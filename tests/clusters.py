@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 
 from tests.controlplane import KEY_ID, SECRET, Served
+from yellowdog_ray.local.events import AbortTask, NodeStopped, StopNode
 from yellowdog_ray.raydog import assembly, ray_auth, teardown, transport
 from yellowdog_ray.raydog import platform as platform_module
 from yellowdog_ray.raydog.builder import RayDogCluster
@@ -115,6 +116,21 @@ def _running_task(served: Served, group: str, name: str | None):
         and task.group.work.status == "RUNNING"
         and name in (None, task.spec.name)
     )
+
+
+def end_leaving(served: Served) -> None:
+    """Let what was told to end have ended at once, whatever ``stop_delay`` was, and later things soon."""
+
+    def end() -> None:
+        backend = served.backend
+        backend.stop_delay = 0.002
+        for effect in list(backend.applied):
+            if isinstance(effect, AbortTask):
+                backend.exit(effect.run_id, 143)
+            elif isinstance(effect, StopNode):
+                backend._on_event(NodeStopped(effect.instance_id))
+
+    served.call(end)
 
 
 def let_exit(served: Served, group: str, code: int, output: str = "", *, task: str | None = None) -> None:

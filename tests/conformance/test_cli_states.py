@@ -73,12 +73,12 @@ def raydog(capsys):
     return run
 
 
-def build(served, name: str, workers: int = 2) -> RayDogCluster:
+def build(served, name: str, workers: int = 2, pool_name: str | None = None) -> RayDogCluster:
     cluster = RayDogCluster(
         KEY_ID, SECRET, name, "test", "test/small", None, served.url, ray_auth="off", progress=False
     )
     if workers:
-        cluster.add_worker_pool("test/small", None, workers)
+        cluster.add_worker_pool("test/small", None, workers, pool_name)
     cluster.build()
     if workers:
         cluster.wait_for_workers(timeout=20)
@@ -249,6 +249,17 @@ def test_logs_say_what_there_is(platform, raydog, key, state_directory):
     status, found, errors = raydog("logs", "--json", file, "no-such-pool")
     assert status == 1
     assert "'head-node', 'worker-nodes-01'" in found[0]["error"]
+
+
+def test_logs_of_a_pool_that_is_called_like_the_heads(platform, raydog, key, state_directory):
+    """It goes by its name in the status."""
+    build(platform, "one", pool_name="head-node")
+    file = own_file(state_directory, "one")
+    names = set(raydog("status", "--json", file)[1][0]["status"]["pools"])
+    _, found, _ = raydog("logs", "--json", file)
+    assert {entry["pool"] for entry in found[0]["logs"]} == names == {"head-node", "one-01-wrkrs"}
+    _, found, _ = raydog("logs", "--json", file, "one-01-wrkrs")
+    assert [entry["pool"] for entry in found[0]["logs"]] == 2 * ["one-01-wrkrs"]
 
 
 def test_logs_of_a_task_that_failed(platform, raydog, key, state_directory, monkeypatch, tmp_path):

@@ -124,10 +124,15 @@ def with_workers(platform, pools: int, nodes: int, **options):
 
 
 def test_a_silent_head_delays_the_end_once(platform, silent, monkeypatch, tmp_path, caplog):
-    """It is not waited for once more for every node, neither at a removal nor at the end."""
+    """It is not waited for once more for every node or pool: for the logs, at a removal or at the end."""
     monkeypatch.setattr("yellowdog_ray.raydog.reach._CONNECT_TIMEOUT", 0.5)
     access = SSHAccess("nobody", password="x", port=silent, ssh_config=False)
     cluster = with_workers(platform, 3, 9, access=access, keep_logs=tmp_path)
+    attempts = []
+    connect = reach.Reach._connect
+    monkeypatch.setattr(reach.Reach, "_connect", lambda way: attempts.append(way) or connect(way))
+    assert len(cluster.get_logs()) == 1 + 3 * 9
+    assert len(attempts) == 1
     began = time.monotonic()
     cluster.remove_worker_pool_by_internal_name("worker-nodes-01")
     cluster.shut_down()
@@ -137,6 +142,24 @@ def test_a_silent_head_delays_the_end_once(platform, silent, monkeypatch, tmp_pa
     assert len(told) == 2
     assert "worker-nodes-01-00003 and 6 others" in told[0]
     assert "and 16 others" in told[1]
+
+
+def test_logs_of_a_pool_that_is_called_like_the_heads(platform, monkeypatch, tmp_path):
+    """What is kept of it goes by its name in the status, like what is fetched."""
+    monkeypatch.setattr(reach.Reach, "task_output", lambda _self, _address, task, _size: task)
+    cluster = make(platform, access=ACCESS, keep_logs=tmp_path)
+    for name in ("head-node", "second"):
+        cluster.add_worker_pool("test/small", None, 1, name)
+    cluster.build()
+    eventually(lambda: cluster.status().executing_workers == 2)
+    names = {"head-node", "demo-01-wrkrs", "second"}
+    assert {entry.pool for entry in cluster.get_logs().values()} == set(cluster.status().pools) == names
+    cluster.remove_worker_pool_by_internal_name("head-node")
+    assert {path.parent.name for path in tmp_path.glob("*/*/*.log")} == {"demo-01-wrkrs"}
+    cluster.shut_down()
+    found = cluster.get_logs()
+    assert {(entry.pool, entry.source) for entry in found.values()} == {(name, "kept") for name in names}
+    assert len(cluster.get_logs("head-node")) == len(cluster.get_logs("demo-01-wrkrs")) == 1
 
 
 def test_silent_nodes_delay_the_end_for_so_long_only(platform, monkeypatch, tmp_path, caplog):
@@ -335,8 +358,12 @@ def test_attached_while_it_is_built(platform, state_directory, monkeypatch):
         (path,) = state_directory.glob("*.json")
         other = attach(path)
         assert other.status().phase == "built in part only"
+        left = attach(path)
+        left.detach()
         building.result(20)
     cluster.detach()
+    assert left.status().phase == "running"
+    assert left._watch is None
     status = other.status()
     assert status.phase == "running"
     assert status.head_private_ip == cluster.head_node_private_ip is not None

@@ -11,6 +11,7 @@ import pytest
 from tests.clusters import (
     SHORT,
     attach,
+    end_leaving,
     eventually,
     let_exit,
     lose_machine,
@@ -78,13 +79,14 @@ def test_down(platform, cluster):
 @pytest.mark.parametrize("back", [3, 2])
 def test_down_and_soon_up_again(platform, cluster, back):
     """Workers that are still on their way out do not count, and others come in their place."""
-    platform.backend.stop_delay = 0.5
+    platform.backend.stop_delay = 30.0
     cluster.scale_worker_pool(GROUP, 1)
     assert numbers(platform, "EXECUTING") == [1, 2, 3]
     assert cluster.wait_for_workers(timeout=10) == cluster.status().executing_workers == 1
     cluster.scale_worker_pool(GROUP, back)
     assert numbers(platform, "EXECUTING")[:3] == [1, 2, 3]
     assert cluster.wait_for_workers(timeout=10) == back
+    end_leaving(platform)
     eventually(lambda: len(numbers(platform, "ABORTED")) == 2)
     assert cluster.wait_for_workers(timeout=10) == back
     assert numbers(platform, "EXECUTING") == [1, 4, 5][:back]

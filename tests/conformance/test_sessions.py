@@ -312,6 +312,20 @@ def test_the_address_that_can_be_reached(platform, embedded: SshServer, monkeypa
             assert address.startswith("127.0.0.1:")
 
 
+def test_tunnels_after_a_build_that_waited_for_ray(platform, embedded: SshServer, monkeypatch):
+    """They go to the address at which the build has found Ray."""
+    access = SSHAccess(
+        embedded.user, embedded.key, port=embedded.port, host_key=embedded.host_key, ssh_config=False
+    )
+    with dashboard() as (agent, _), make(platform, access=access) as cluster:
+        monkeypatch.setattr("yellowdog_ray.raydog.reach.AGENT", int(agent.rpartition(":")[2]))
+        # Nothing listens at the one, and the server at the other.
+        monkeypatch.setattr(cluster, "_new_reach", lambda _: Reach(["127.0.0.2", "127.0.0.1"], access))
+        cluster.build(timedelta(seconds=20), until="ray")
+        assert "@127.0.0.1:" in repr(cluster.tunnels())
+    assert cluster._reach is None
+
+
 def test_a_head_that_cannot_be_trusted(platform, embedded: SshServer, monkeypatch):
     """A build that waits for Ray is taken back at once where the head has another host key."""
     pin = f"SHA256:{'A' * 43}"
@@ -323,4 +337,5 @@ def test_a_head_that_cannot_be_trusted(platform, embedded: SshServer, monkeypatc
         cluster.build(SHORT, until="ray")
     assert time.monotonic() - began < 10
     assert isinstance(caught.value.__cause__, HostKeyError)
+    assert cluster._reach is None
     assert cluster.head_node_private_ip is None

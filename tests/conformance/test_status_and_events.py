@@ -166,7 +166,7 @@ def test_a_worker_that_was_cancelled(platform):
         status = cluster.status()
         assert not status.healthy
         assert (status.pools[GROUP].missing, status.failed_workers) == (1, 0)
-        assert f"Missing: 1 of 2 nodes of {GROUP}: their tasks have ended" in str(status)
+        assert f"Missing: 1 of 2 nodes of {GROUP}: they have no task" in str(status)
         cluster.scale_worker_pool(GROUP, 2)
         assert cluster.wait_for_workers(timeout=10) == 2
         assert cluster.status().healthy

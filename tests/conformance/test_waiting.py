@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import pytest
 
-from tests.clusters import SHORT, eventually, lose_machine, make
+from tests.clusters import SHORT, end_leaving, eventually, lose_machine, make
 from yellowdog_ray import SSHAccess
-from yellowdog_ray.errors import TunnelError, WaitTimeoutError
+from yellowdog_ray.errors import SpecError, TunnelError, WaitTimeoutError
 from yellowdog_ray.raydog import waiting
 from yellowdog_ray.raydog.reach import RayNode
 
@@ -82,6 +83,36 @@ def test_ray_counts(platform, cluster, ray):
     assert (count, count.source) == (2, "ray")
 
 
+@pytest.mark.parametrize("timeout", [float("nan"), float("inf"), 1e300, 0, -1, "1", True])
+def test_a_time_that_cannot_be_waited_for(cluster, timeout):
+    """It is refused by name."""
+    with pytest.raises(SpecError, match="timeout: "):
+        cluster.wait_for_workers(timeout=timeout)
+
+
+@pytest.mark.parametrize("error", [None, FutureTimeoutError("late"), TimeoutError("late")])
+def test_an_answer_at_the_last_moment(platform, cluster, ray, monkeypatch, error):
+    """It counts, although the time for it was over just before; an error is one of the head's."""
+
+    class Late(Future):
+        def result(self, timeout=None):
+            found = super().exception(10)
+            if timeout is not None:
+                raise FutureTimeoutError
+            if found is not None:
+                raise found
+            return super().result()
+
+    ray.addresses = add(platform, cluster, 1)
+    ray.error = error
+    monkeypatch.setattr(waiting, "Future", Late)
+    if error is None:
+        assert cluster.wait_for_workers(timeout=5) == 1
+    else:
+        with pytest.raises(WaitTimeoutError, match=r"cannot be asked .*\(late\)"):
+            cluster.wait_for_workers(timeout=0.3)
+
+
 def test_nodes_of_a_removed_pool_do_not_count(platform, cluster, ray):
     """Ray lists a node that is gone for a while; it is none of those that are waited for."""
     ray.addresses = add(platform, cluster, 1)
@@ -115,7 +146,7 @@ def test_a_machine_that_was_replaced_counts_when_it_has_joined(platform, cluster
 def test_a_machine_on_its_way_out_does_not_count(platform, cluster, ray):
     """After a pool was scaled down and up again, who joins is waited for, and who leaves does not count."""
     ray.addresses = add(platform, cluster, 2)
-    platform.backend.stop_delay = 1.5
+    platform.backend.stop_delay = 30.0
     cluster.scale_worker_pool(GROUP, 1)
     cluster.scale_worker_pool(GROUP, 2)
     eventually(lambda: len(addresses(platform, GROUP)) == 3)
@@ -126,6 +157,7 @@ def test_a_machine_on_its_way_out_does_not_count(platform, cluster, ray):
         ray.addresses += set(addresses(platform, GROUP)) - set(ray.addresses)
         assert wait.result(10) == 2
         assert len(addresses(platform, GROUP)) == 3
+    end_leaving(platform)
 
 
 def test_workers_at_other_addresses(platform, cluster, ray, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from yellowdog_ray.errors import SpecError
 from yellowdog_ray.raydog.access import SSHAccess
 from yellowdog_ray.raydog.builder import RayDogCluster, RayDogClusterProxy
-from yellowdog_ray.raydog.specs import check_count, check_duration
+from yellowdog_ray.raydog.specs import check_count, check_duration, check_seconds
 
 SECRET = "do-not-show-this-secret"
 GOOD = {
@@ -232,6 +232,13 @@ def test_bad_durations(value):
     """A time limit is a timedelta longer than zero."""
     with pytest.raises(SpecError, match="head_node_build_timeout"):
         check_duration(value, "head_node_build_timeout")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, timedelta.max, 0, None, True])
+def test_bad_seconds(value):
+    """What Python cannot wait for is refused."""
+    with pytest.raises(SpecError, match="timeout"):
+        check_seconds(value, "timeout")
 
 
 @pytest.mark.parametrize("value", [8, 8.5, True, "8", "P1D", timedelta(0)])

@@ -114,7 +114,7 @@ def test_many_failures_stay_short(count):
 def test_missing_nodes_are_said():
     """A task that was cancelled has not failed, and nobody comes in its place."""
     status = with_pool(replace(SMALL, failed=failures(1), unfinished=2))
-    assert "  Missing: 2 of 4 nodes of small: their tasks have ended" in str(status).splitlines()
+    assert "  Missing: 2 of 4 nodes of small: they have no task" in str(status).splitlines()
 
 
 def test_json():

@@ -207,8 +207,10 @@ def _logs(options: argparse.Namespace, output: Output, interrupts: Interrupts) -
 
 
 def _fetch_logs(key: Key, access: SSHAccess | None, pool: str | None, size: int, file: StateFile) -> Answer:
+    from yellowdog_ray.raydog.pools import BuiltPool, named_pools
+
     state = newest_with_names(file)
-    names = [known.internal_name for known in state.pools]
+    names = list(named_pools(BuiltPool.of(known) for known in state.pools))
     if pool is not None and pool not in names:
         raise ClusterStateError(
             f"the cluster {state.title} has no pool {pool!r}; it has: {', '.join(map(repr, names))}"
@@ -242,7 +244,7 @@ def _collect(
     """
     from yellowdog_ray.raydog import logs
     from yellowdog_ray.raydog.platform import Platform
-    from yellowdog_ray.raydog.pools import BuiltPool
+    from yellowdog_ray.raydog.pools import BuiltPool, named_pools
     from yellowdog_ray.raydog.reach import Reach
 
     heads = [known for known in state.pools if known.role == "head"]
@@ -251,7 +253,8 @@ def _collect(
     if access is not None and addresses:
         reach = Reach(addresses, access, record=known_hosts(file, addresses[0]))
     platform = Platform(key.credentials(state))
-    pools = [BuiltPool.of(known) for known in state.pools if pool in (None, known.internal_name)]
+    named = named_pools(BuiltPool.of(known) for known in state.pools)
+    pools = {name: known for name, known in named.items() if pool in (None, name)}
     try:
         found = logs.collect(platform, reach, pools, size, in_a_hurry=in_a_hurry)
         return {one.task: one for one in found}

@@ -290,9 +290,10 @@ class RayDogCluster(ClusterBuilding):
 
         It goes on running. Any other call takes the connections up again, but for the watch over the head.
         """
-        if self._watch is not None:
-            self._watch.stop()
-        self._attached = True
+        with self._lock:
+            self._attached = self._detached = True
+            if self._watch is not None:
+                self._watch.stop()
         self._close_connections()
         self._close_display()
 

@@ -130,6 +130,7 @@ class ClusterBuilding(ClusterEnding):
             except BaseException as error:
                 if self._watch is not None:
                     self._watch.stop()
+                self._close_reach()
                 self._take_back(built, error)
                 self._forget_token()
                 raise
@@ -141,19 +142,25 @@ class ClusterBuilding(ClusterEnding):
             built.check_running()
             self._emit(events.Waiting(self._spec.name, "Ray on the head to answer", seconds))
 
-        with self._new_reach(built) as reach:
-            try:
-                wait_for_ray(self._platform, built.head, reach, operation, say)
-            except WaitTimeoutError as error:
-                raise BuildTimeoutError(str(error)) from error
-            except TunnelError as error:
-                raise BuildError(f"The head cannot be asked whether Ray is well: {error}") from error
+        self._close_reach()  # another thread's, of which the addresses may not have been known
+        with self._lock:
+            # It is kept: what comes after goes to the address that has answered.
+            reach = self._reach = self._new_reach(built)
+        try:
+            wait_for_ray(self._platform, built.head, reach, operation, say)
+        except WaitTimeoutError as error:
+            raise BuildTimeoutError(str(error)) from error
+        except TunnelError as error:
+            raise BuildError(f"The head cannot be asked whether Ray is well: {error}") from error
+        except ClusterStateError:
+            built.check_running()  # a signal handler that has shut the cluster down has closed the way too
+            raise
 
     def _synchronise(self) -> None:
         with self._lock:
             before = self._phase
             super()._synchronise()
-            if before is Phase.PARTIAL and self._phase is Phase.RUNNING:
+            if before is Phase.PARTIAL and self._phase is Phase.RUNNING and not self._detached:
                 self._begin_watch()
 
     def _begin_watch(self) -> None:

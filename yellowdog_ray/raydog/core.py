@@ -117,6 +117,7 @@ class ClusterCore:
         self._attached = False
         self._watch: HeadWatch[Any] | None = None
         self._reach: Reach | None = None
+        self._detached = False
 
     @property
     def _life(self) -> str:
@@ -251,11 +252,14 @@ class ClusterCore:
 
     def _close_connections(self) -> None:
         """Close the connections to the platform and the nodes. They come back when they are next needed."""
+        self._close_reach()
+        self._platform.close()
+
+    def _close_reach(self) -> None:
         with self._lock:
             reach, self._reach = self._reach, None
         if reach is not None:
             reach.close()
-        self._platform.close()
 
     def _close_display(self) -> None:
         """End what has no event of its own that ends it."""

@@ -13,6 +13,7 @@ from yellowdog_ray.raydog import events
 from yellowdog_ray.raydog.assembly import Assembly
 from yellowdog_ray.raydog.core import Phase
 from yellowdog_ray.raydog.members import ClusterMembers
+from yellowdog_ray.raydog.pools import named_pools
 from yellowdog_ray.raydog.teardown import tear_down
 from yellowdog_ray.raydog.transport import Operation, nobody_listens
 
@@ -79,7 +80,7 @@ class ClusterEnding(ClusterMembers):
             self._synchronise()
             with self._lock:
                 workers = self._workers
-            self._keep(built.pools(workers))
+            self._keep(named_pools(built.pools(workers)))
             self._targets = built.targets([*workers, *self._dropped])
         if self._targets is not None and built is not None:
             self._emit(events.ShutdownStarted(self._spec.name, tuple(self._targets.items)))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from yellowdog_ray.raydog.reach import Reach
 from yellowdog_ray.raydog.record import ClusterRecord
 from yellowdog_ray.raydog.specs import (
     check_count,
-    check_duration,
+    check_seconds,
 )
 from yellowdog_ray.raydog.status import ClusterStatus, PoolStatus
 from yellowdog_ray.raydog.survey import survey
@@ -62,9 +61,7 @@ class ClusterInsight(ClusterRecord):
         :raises WaitTimeoutError: a :class:`TimeoutError` that says how many there are: in time they have not
             come, or it has turned out earlier that they cannot come, with the reason.
         """
-        if isinstance(timeout, int | float) and not isinstance(timeout, bool):
-            timeout = timedelta(seconds=timeout)
-        limit = check_duration(timeout, "timeout")
+        limit = None if timeout is None else check_seconds(timeout, "timeout")
         self._synchronise()
         with self._lock:
             built = self._running("there are no workers to wait for")
@@ -78,7 +75,7 @@ class ClusterInsight(ClusterRecord):
             built.head,
             pools,
             wanted,
-            Operation(None if limit is None else limit.total_seconds()),
+            Operation(limit),
             self._emit,
             self._way(),
         )
@@ -144,12 +141,10 @@ class ClusterInsight(ClusterRecord):
             pools = named_pools(built.pools(self._workers))
         found = {} if self._keep_logs is None else logs.kept(self._keep_logs / self._spec.name, self._created)
         if self._phase is not Phase.ENDED:
-            for name, pool in pools.items():
-                if internal_name not in (None, name):
-                    continue
-                for fresh in logs.collect(self._platform, self._way(), [pool], max_bytes):
-                    if fresh.text is not None or fresh.task not in found:
-                        found[fresh.task] = replace(fresh, pool=name)
+            wanted = {name: pool for name, pool in pools.items() if internal_name in (None, name)}
+            for fresh in logs.collect(self._platform, self._way(), wanted, max_bytes):
+                if fresh.text is not None or fresh.task not in found:
+                    found[fresh.task] = fresh
         if internal_name is not None:
             found = {task: text for task, text in found.items() if text.pool == internal_name}
             if not found and internal_name not in pools:
@@ -175,8 +170,11 @@ class ClusterInsight(ClusterRecord):
                 f"keep_logs: nothing can be kept in {self._keep_logs}: {error.strerror or error}"
             ) from error
 
-    def _keep(self, pools: Sequence[BuiltPool]) -> None:
-        """Keep the output of pools that are about to end. That it cannot be had keeps nothing from ending."""
+    def _keep(self, pools: Mapping[str, BuiltPool]) -> None:
+        """Keep the output of pools that are about to end. That it cannot be had keeps nothing from ending.
+
+        :param pools: by their names in :meth:`status`.
+        """
         if self._keep_logs is None:
             return
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from datetime import datetime
@@ -45,7 +45,7 @@ class NodeLog:
     """What the task of one node has printed.
 
     :param task: the task's name.
-    :param pool: the internal name of the node's pool.
+    :param pool: the name of the node's pool in the cluster's status.
     :param text: the end of its output; None where it cannot be had, and ``note`` says why.
     :param source: where it is from: the living ``"node"``, a ``"kept"`` copy, or the ``"platform"``, which
         has the end of the output of tasks that failed (the local platform does).
@@ -66,7 +66,7 @@ class NodeLog:
 def collect(
     platform: Platform,
     reach: Reach | None,
-    pools: Iterable[BuiltPool],
+    pools: Mapping[str, BuiltPool],
     max_bytes: int,
     *,
     in_a_hurry: bool = False,
@@ -75,6 +75,7 @@ def collect(
 
     Where the head cannot be reached, it is not tried again for the others.
 
+    :param pools: the pools by the names that they go by in the answer.
     :param max_bytes: how much of the end of each.
     :param in_a_hurry: whether a minute is all that there is for all pools, and not for each.
     :raises RayDogError: where the platform cannot be asked for the tasks.
@@ -91,13 +92,13 @@ def _collect(
     platform: Platform,
     threads: Threads,
     reach: Reach | None,
-    pools: Iterable[BuiltPool],
+    pools: Mapping[str, BuiltPool],
     max_bytes: int,
     operation: Operation,
     in_a_hurry: bool,
 ) -> Iterator[NodeLog]:
     unreachable: list[str] = []
-    for pool in pools:
+    for name, pool in pools.items():
         if pool.group_id is None or pool.id is None:
             continue
         if not in_a_hurry:
@@ -119,7 +120,7 @@ def _collect(
                     threads.submit(
                         _Fetch(
                             reach,
-                            pool,
+                            name,
                             task,
                             addresses.get(task.nodeId or ""),
                             max_bytes,
@@ -135,18 +136,19 @@ def _collect(
                     yield future.result(operation.remaining)
                 except FutureTimeoutError:
                     future.cancel()
-                    yield _missing(pool, task, _TOO_LATE)
+                    yield _missing(name, task, _TOO_LATE)
 
 
 @dataclass
 class _Fetch:
     """One task's output, fetched when it is called.
 
+    :param pool: the name of its pool.
     :param unreachable: why the head could not be reached for another one's, where that was so.
     """
 
     reach: Reach | None
-    pool: BuiltPool
+    pool: str
     task: Task
     address: str | None
     max_bytes: int
@@ -161,7 +163,7 @@ class _Fetch:
             text = tail(task)
             if text is None:
                 return _missing(pool, task, _ENDED)
-            return NodeLog(str(task.name), pool.plan.internal_name, text, "platform")
+            return NodeLog(str(task.name), pool, text, "platform")
         if self.address is None:
             return _missing(pool, task, f"its task is {task.status}: it has printed nothing yet")
         if self.reach is None:
@@ -174,7 +176,7 @@ class _Fetch:
             if isinstance(error, TunnelError) and not self.reach.connected:
                 self.unreachable.append(str(error))
             return _missing(pool, task, str(error))
-        return NodeLog(str(task.name), pool.plan.internal_name, text, "node")
+        return NodeLog(str(task.name), pool, text, "node")
 
 
 def tail(task: Task) -> str | None:
@@ -183,8 +185,8 @@ def tail(task: Task) -> str | None:
     return texts[-1] if texts else None
 
 
-def _missing(pool: BuiltPool, task: Task, note: str) -> NodeLog:
-    return NodeLog(str(task.name), pool.plan.internal_name, None, None, note)
+def _missing(pool: str, task: Task, note: str) -> NodeLog:
+    return NodeLog(str(task.name), pool, None, None, note)
 
 
 def keep(directory: Path, logs: Iterable[NodeLog]) -> None:

@@ -16,7 +16,7 @@ from yellowdog_ray.raydog import assembly, events, plan, scaling
 from yellowdog_ray.raydog.core import Phase
 from yellowdog_ray.raydog.journal import Journal
 from yellowdog_ray.raydog.parameters import worker_pool_spec
-from yellowdog_ray.raydog.pools import BuiltPool
+from yellowdog_ray.raydog.pools import BuiltPool, named_pools
 from yellowdog_ray.raydog.scripts import get_script
 from yellowdog_ray.raydog.sessions import ClusterSessions
 from yellowdog_ray.raydog.specs import (
@@ -213,7 +213,8 @@ class ClusterMembers(ClusterSessions):
                 del self._pools[name]
                 return
             cluster = self._running("no worker pool can be removed")
-        self._keep([pool])
+            named = named_pools(cluster.pools(self._workers))
+        self._keep({key: one for key, one in named.items() if one is pool})
         # The nodes first: they are what costs. A task of a node that is gone would wait for another one.
         tear_down(self._platform, cluster.pool_targets(pool), until="terminating")
         with self._lock:

@@ -350,8 +350,9 @@ class Reach:
             if self._attempts != attempts and (problem := self._problem) is not None:
                 # It failed while this call waited for it; each for itself would wait once more.
                 raise type(problem)(str(problem))
+            self._problem = None
             try:
-                connection, self._problem = self._connect(), None
+                connection = self._connect()
             except TunnelError as error:
                 self._problem = error
                 raise

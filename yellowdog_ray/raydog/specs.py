@@ -11,6 +11,7 @@ import hashlib
 import ipaddress
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -346,13 +347,15 @@ def check_seconds(value: Any, name: str) -> float:
     """Check a time limit that is a :class:`~datetime.timedelta` or a number of seconds.
 
     :returns: the seconds.
-    :raises SpecError: where it is neither, or not longer than zero.
+    :raises SpecError: where it is neither, not longer than zero, or longer than Python can wait.
     """
     if isinstance(value, bool) or not isinstance(value, timedelta | int | float):
         raise SpecError(f"{name}: a time in seconds or a datetime.timedelta is needed, not {value!r}")
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if not seconds > 0:  # nor is nan
         raise SpecError(f"{name}: {value} is not longer than zero")
+    if seconds > threading.TIMEOUT_MAX:
+        raise SpecError(f"{name}: {value} is longer than can be waited for")
     return float(seconds)
 
 

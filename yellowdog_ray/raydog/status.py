@@ -220,9 +220,7 @@ class ClusterStatus:
         for pool in pools:
             if pool.missing > len(pool.failed):
                 name = one_line(pool.internal_name)
-                notes.append(
-                    f"Missing: {pool.missing} of {pool.wanted} nodes of {name}: their tasks have ended"
-                )
+                notes.append(f"Missing: {pool.missing} of {pool.wanted} nodes of {name}: they have no task")
             for failure in pool.failed[:_FAILURES_SHOWN]:
                 node = "" if failure.node_id is None else f" (node {one_line(failure.node_id)})"
                 notes.append(f"Failed: {one_line(failure.task)}{node}: {one_line(failure.reason)}")

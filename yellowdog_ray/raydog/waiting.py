@@ -186,7 +186,7 @@ class Wait:
             return WorkerCount(tally.executing, "tasks")
         try:
             nodes = self._ask(self.reach)
-        except (RayDogError, OSError) as error:
+        except (RayDogError, OSError, FutureTimeoutError) as error:  # an OSError from Python 3.11 on
             elapsed = self.operation.elapsed
             self._note_unanswered(error)
             if tally.executing < self.count:
@@ -220,8 +220,8 @@ class Wait:
         try:
             return answer.result(seconds)
         except FutureTimeoutError:
-            if answer.done():
-                raise
+            if answer.done():  # at the last moment; or the answer is an error of this kind
+                return answer.result()
             raise TunnelError(f"The head has not answered within {seconds:.1f} s") from None
 
     def _note_unanswered(self, error: Exception) -> None:

@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 
 from yellowdog_ray.errors import TunnelError
 
-__all__ = ["ProxySocket", "own_environment"]
+__all__ = ["ProxySocket", "own_environment", "see_group_end"]
 
 _END_SECONDS = 0.5  # for the command to end when it is told
+_LOOK_SECONDS = 0.02
 
 
 def own_environment() -> dict[str, str]:
@@ -21,11 +23,29 @@ def own_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "YD_"))}
 
 
+def see_group_end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait for a process and all that it has started, which have been told to end; then kill what is left.
+
+    :param process: the leader of their group, which has not been waited for, or only just.
+    :param seconds: for it to end; for the others half a second of them at most.
+    """
+    until = time.monotonic() + seconds
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    until = min(until, time.monotonic() + _END_SECONDS)
+    # Nobody else is given the number of a group that has members.
+    with contextlib.suppress(OSError):
+        while time.monotonic() < until:
+            os.killpg(process.pid, 0)
+            time.sleep(_LOOK_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 class ProxySocket(socket.socket):
     """The connection to a server through a ``ProxyCommand``, which is ended with it.
 
     The command need not end with its input. It has a session of its own: so all that it has started can be
-    ended too, and an interrupt at the terminal is not for it.
+    ended too, an interrupt at the terminal is not for it, and it has no terminal to ask anything at.
 
     :param command: what a shell is to run.
     :raises TunnelError: where that cannot be.
@@ -66,7 +86,8 @@ class ProxySocket(socket.socket):
             if self._is_ending:
                 return
             self._is_ending = True
-        self._signal(signal.SIGTERM)
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGTERM)
         # Python waits for this one before it exits; of a daemon it would be one too.
         thread = threading.Thread(target=self._see_it_end, name="ray-tunnels-proxy-command", daemon=False)
         try:
@@ -75,13 +96,5 @@ class ProxySocket(socket.socket):
             self._see_it_end()
 
     def _see_it_end(self) -> None:
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-
-    def _signal(self, number: int) -> None:
-        # Its number is not given to another one: it has not been waited for.
-        with contextlib.suppress(OSError):
-            os.killpg(self._process.pid, number)
+        see_group_end(self._process, _END_SECONDS)
+        self._process.wait()

@@ -19,7 +19,7 @@ from pathlib import Path
 from yellowdog_ray.errors import HostKeyError, SSHLoginError, TunnelError
 from yellowdog_ray.utils._ssh.connection import CONNECT_TIMEOUT
 from yellowdog_ray.utils._ssh.hostkeys import HostKey, default_record, option_value
-from yellowdog_ray.utils._ssh.proxy import own_environment
+from yellowdog_ray.utils._ssh.proxy import own_environment, see_group_end
 from yellowdog_ray.utils._ssh.route import USER_CONFIG, Login
 from yellowdog_ray.utils._tunnels.engines import (
     FIRST_PAUSE,
@@ -287,7 +287,7 @@ class _Run:
     def __init__(self, command: list[str]) -> None:
         self._lines: deque[str] = deque(maxlen=20)
         self._ready = threading.Event()
-        self._got_ready = self._ended_here = False
+        self._got_ready = self._ended_here = self._is_ending = False
         # In a session of its own it has no terminal to ask anything at, and an interrupt is not for it.
         self.process = subprocess.Popen(
             command,
@@ -327,14 +327,17 @@ class _Run:
 
     def end(self, deadline: float) -> list[str]:
         """End it until a deadline; return what is left then, a sentence each."""
-        self._ended_here = self.process.poll() is None
-        self._signal(signal.SIGTERM)
-        try:
-            self.process.wait(max(0.1, deadline - time.monotonic() - 0.3))
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
+        if not self._is_ending:  # once: later its number may be another one's
+            self._is_ending = True
+            self._ended_here = self.process.poll() is None
+            # The group, for a ProxyCommand too: it need not end with its input, nor with ssh.
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGTERM)
+            see_group_end(self.process, max(0.1, deadline - time.monotonic() - 0.3))
         for reader in self._readers:
             reader.join(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, deadline - time.monotonic()))
         left = [f"ssh ({self.process.pid}) has not ended"] if self.process.poll() is None else []
         if not any(reader.is_alive() for reader in self._readers):
             for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
@@ -342,12 +345,6 @@ class _Run:
                     if pipe is not None:
                         pipe.close()
         return left
-
-    def _signal(self, number: int) -> None:
-        # For a ProxyCommand too, which need not end with its input.
-        if self.process.poll() is None:
-            with contextlib.suppress(OSError):
-                os.killpg(self.process.pid, number)
 
     def _read_output(self) -> None:
         assert self.process.stdout is not None  # noqa: S101 - for the type checker
