@@ -496,8 +496,10 @@ def test_events_are_in_the_log_too(platform, caplog):
     heard = Recorder()
     with caplog.at_level("INFO", "yellowdog_ray.raydog.events"), make(platform, on_event=heard) as cluster:
         cluster.build(SHORT)
-    lines = [record.getMessage() for record in caplog.records if record.name.endswith(".events")]
-    assert lines == [str(event) for event in heard.heard]
+    lines = iter([record.getMessage() for record in caplog.records if record.name.endswith(".events")])
+    # In this order; a cluster of another test, of which the head is still watched, may say something between.
+    assert heard.heard
+    assert all(str(event) in lines for event in heard.heard)
 
 
 # -- plan ----------------------------------------------------------------------------------------------
