@@ -13,12 +13,12 @@ from yellowdog_ray.raydog.state import PoolState
 from yellowdog_ray.raydog.teardown import PoolTarget
 
 if TYPE_CHECKING:
-    from yellowdog_client.model import Task
+    from yellowdog_client.model import Task, TaskGroup
 
     from yellowdog_ray.raydog.platform import Platform
     from yellowdog_ray.raydog.transport import Operation
 
-__all__ = ["BuiltPool", "named_pools", "staying_tasks", "unfinished_tasks"]
+__all__ = ["BuiltPool", "TaskCounts", "count_tasks", "named_pools", "staying", "unfinished_tasks"]
 
 
 @dataclass
@@ -109,6 +109,44 @@ def unfinished_tasks(platform: Platform, pool: BuiltPool, operation: Operation) 
     return [task for task in tasks if task.status is None or not task.status.finished]
 
 
-def staying_tasks(platform: Platform, pool: BuiltPool, operation: Operation) -> list[Task]:
-    """List a pool's tasks that have not ended and are not being aborted, which takes a while."""
-    return [task for task in unfinished_tasks(platform, pool, operation) if task.abortRequestedTime is None]
+def staying(tasks: Iterable[Task]) -> list[Task]:
+    """Leave out the tasks that are being aborted, which takes a while."""
+    return [task for task in tasks if task.abortRequestedTime is None]
+
+
+@dataclass(frozen=True)
+class TaskCounts:
+    """How many tasks a pool has, without those that are being aborted.
+
+    :param executing: how many execute.
+    :param unfinished: how many execute or wait for a node; None until the platform has something to count.
+    :param ended: how many have ended, however they did.
+    :param leaving: the ids of nodes of which the task is being aborted.
+    """
+
+    executing: int
+    unfinished: int | None
+    ended: int
+    leaving: frozenset[str | None]
+
+
+def count_tasks(
+    platform: Platform, pool: BuiltPool, group: TaskGroup | None, operation: Operation
+) -> TaskCounts:
+    """Count a pool's tasks: by the summary of its group, as long as that can be right.
+
+    Where it has more tasks than it is to have nodes, some are being aborted: then they are asked for.
+    """
+    # The platform leaves the summary out until there is something to count.
+    counts = (group.taskSummary.statusCounts if group is not None and group.taskSummary else None) or {}
+    executing = sum(number for status, number in counts.items() if status.name == "EXECUTING")
+    ended = sum(number for status, number in counts.items() if status.finished)
+    unfinished = sum(counts.values()) - ended
+    leaving: frozenset[str | None] = frozenset()
+    if unfinished > pool.node_count:
+        tasks = unfinished_tasks(platform, pool, operation)
+        those = staying(tasks)
+        executing = sum(task.status is not None and task.status.name == "EXECUTING" for task in those)
+        unfinished = len(those)
+        leaving = frozenset(task.nodeId for task in tasks if task.abortRequestedTime is not None)
+    return TaskCounts(executing, unfinished if counts else None, ended, leaving)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from yellowdog_ray.errors import ClusterStateError, PlatformError, TeardownError
 from yellowdog_ray.raydog import plan
 from yellowdog_ray.raydog.assembly import Assembly
-from yellowdog_ray.raydog.pools import BuiltPool, unfinished_tasks
+from yellowdog_ray.raydog.pools import BuiltPool, staying, unfinished_tasks
 from yellowdog_ray.raydog.transport import Operation, already_gone
 from yellowdog_ray.raydog.undo import add_note, cancel_all
 
@@ -30,17 +30,17 @@ def scale(assembly: Assembly, pool: BuiltPool, count: int, operation: Operation)
     """
     unfinished = unfinished_tasks(assembly.platform, pool, operation)
     # Those that are being aborted, perhaps since it was scaled down a moment ago, are not to be relied on.
-    staying = [task for task in unfinished if task.abortRequestedTime is None]
-    if count > len(staying):
+    kept = staying(unfinished)
+    if count > len(kept):
         before = pool.node_count
         try:
-            _grow(assembly, pool, count, count - len(staying), operation)
+            _grow(assembly, pool, count, count - len(kept), operation)
         except BaseException as error:
             _take_back(assembly, pool, {task.id for task in unfinished}, before, error)
             raise
     else:
         # There may be idle nodes, of tasks that have ended.
-        _shrink(assembly, pool, staying, count, operation)
+        _shrink(assembly, pool, kept, count, operation)
 
 
 def _grow(assembly: Assembly, pool: BuiltPool, count: int, more: int, operation: Operation) -> None:
@@ -57,13 +57,11 @@ def _grow(assembly: Assembly, pool: BuiltPool, count: int, more: int, operation:
     _set_count(assembly, pool, count)
 
 
-def _shrink(
-    assembly: Assembly, pool: BuiltPool, staying: list[Task], count: int, operation: Operation
-) -> None:
+def _shrink(assembly: Assembly, pool: BuiltPool, kept: list[Task], count: int, operation: Operation) -> None:
     """End the tasks that are too many and give their nodes back; those that run nothing yet go first."""
-    newest_first = sorted(staying, key=lambda task: task.name or "", reverse=True)
+    newest_first = sorted(kept, key=lambda task: task.name or "", reverse=True)
     newest_first.sort(key=lambda task: task.status is not None and task.status.name == "EXECUTING")
-    leaving = newest_first[: len(staying) - count]
+    leaving = newest_first[: len(kept) - count]
     _end(assembly, pool, leaving, count, operation)
     _set_count(assembly, pool, count)
 

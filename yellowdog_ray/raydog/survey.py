@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from yellowdog_ray.errors import NotFoundError, RayDogError
 from yellowdog_ray.raydog.platform import Platform, task_failure
-from yellowdog_ray.raydog.pools import BuiltPool, named_pools, staying_tasks
+from yellowdog_ray.raydog.pools import BuiltPool, count_tasks, named_pools
 from yellowdog_ray.raydog.status import ClusterStatus, NodeFailure, PoolStatus
 from yellowdog_ray.raydog.transport import Operation
 
@@ -101,24 +101,17 @@ def _pool(
     drift: list[str],
 ) -> PoolStatus:
     summary = there.get(str(pool.id))
-    counts = (group.taskSummary.statusCounts if group is not None and group.taskSummary else None) or {}
-    executing = sum(number for status, number in counts.items() if status.name == "EXECUTING")
-    # The platform leaves the counts out until there is something to count.
-    unfinished = sum(number for status, number in counts.items() if not status.finished) if counts else None
-    if unfinished is not None and unfinished > pool.node_count:
-        staying = staying_tasks(platform, pool, operation)
-        executing = sum(task.status is not None and task.status.name == "EXECUTING" for task in staying)
-        unfinished = len(staying)
+    counts = count_tasks(platform, pool, group, operation)
     failed: tuple[NodeFailure, ...] = ()
     if group is None:
         drift.append(f"the work requirement has no task group {pool.plan.group}")
-    elif any(status.finished for status, number in counts.items() if number):
+    elif counts.ended:
         failed = _failures(platform, pool, group, operation)
     registered = None if summary is None else summary.registeredNodeCount
     problem = None
     if pool.id is None:
         problem = f"the worker pool {pool.plan.name} has not been provisioned"
-    elif registered is None or registered < pool.node_count or executing < pool.node_count:
+    elif registered is None or registered < pool.node_count or counts.executing < pool.node_count:
         problem = platform.why_no_nodes(pool.id, pool.plan.name, operation)
     return PoolStatus(
         name=pool.plan.name,
@@ -127,11 +120,11 @@ def _pool(
         id=pool.id,
         wanted=pool.node_count,
         registered=registered,
-        executing=executing,
+        executing=counts.executing,
         failed=failed,
         status=None if summary is None or summary.status is None else str(summary.status),
         problem=problem,
-        unfinished=unfinished,
+        unfinished=counts.unfinished,
     )
 
 

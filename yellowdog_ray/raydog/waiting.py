@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Literal
 from yellowdog_ray.errors import NotFoundError, PlatformError, RayDogError, TunnelError, WaitTimeoutError
 from yellowdog_ray.raydog import events
 from yellowdog_ray.raydog.platform import Platform, task_failure
-from yellowdog_ray.raydog.pools import BuiltPool, unfinished_tasks
+from yellowdog_ray.raydog.pools import BuiltPool, count_tasks
 from yellowdog_ray.raydog.transport import Operation, Pause
 
 if TYPE_CHECKING:
-    from yellowdog_client.model import Task, WorkRequirement
+    from yellowdog_client.model import WorkRequirement
 
     from yellowdog_ray.raydog.reach import RayNode, Reach
 
@@ -74,35 +74,20 @@ class _Tally:
 
 
 def _tally(
-    requirement: WorkRequirement,
-    pools: Iterable[BuiltPool],
-    list_unfinished: Callable[[BuiltPool], list[Task]],
+    platform: Platform, requirement: WorkRequirement, pools: Iterable[BuiltPool], operation: Operation
 ) -> _Tally:
-    """Count the workers.
-
-    :param list_unfinished: lists the tasks of a pool that have not ended, for which is asked where there are
-        more than it is to have: some of them are being aborted then.
-    """
+    """Count the workers."""
     tally = _Tally()
     groups = {group.name: group for group in requirement.taskGroups or []}
     for pool in pools:
-        group = groups.get(pool.plan.group)
-        # The platform leaves the summary out until there is something to count.
-        counts = (group.taskSummary.statusCounts if group is not None and group.taskSummary else None) or {}
-        executing = sum(number for status, number in counts.items() if status.name == "EXECUTING")
-        ended = sum(number for status, number in counts.items() if status.finished)
-        unfinished = sum(counts.values()) - ended
-        if unfinished > pool.node_count:
-            tasks = list_unfinished(pool)
-            staying = [task for task in tasks if task.abortRequestedTime is None]
-            executing = sum(task.status is not None and task.status.name == "EXECUTING" for task in staying)
-            unfinished = len(staying)
-            tally.leaving |= {task.nodeId for task in tasks if task.abortRequestedTime is not None}
-        # Of a pool that was scaled down or up, tasks have ended that nobody misses.
-        coming = max(0, (unfinished if counts else pool.node_count) - executing)
-        tally.executing += executing
+        counts = count_tasks(platform, pool, groups.get(pool.plan.group), operation)
+        unfinished = pool.node_count if counts.unfinished is None else counts.unfinished
+        coming = max(0, unfinished - counts.executing)
+        tally.executing += counts.executing
         tally.coming += coming
-        if ended and unfinished < pool.node_count:
+        tally.leaving |= counts.leaving
+        # Of a pool that was scaled down or up, tasks have ended that nobody misses.
+        if counts.ended and unfinished < pool.node_count:
             tally.failed.append(pool)
         if coming:
             tally.missing.append((pool, coming))
@@ -145,9 +130,7 @@ class Wait:
         next_reasons = _LOOK_FOR_REASONS
         while True:
             requirement = self.platform.work_requirement(self.work_requirement_id, self.operation)
-            tally = _tally(
-                requirement, self.pools, lambda pool: unfinished_tasks(self.platform, pool, self.operation)
-            )
+            tally = _tally(self.platform, requirement, self.pools, self.operation)
             have = self._count(tally)
             if self._said != (have, have.source):
                 self._said = (int(have), have.source)
