@@ -10,7 +10,10 @@ from typing import Any, Protocol
 
 from yellowdog_ray.errors import ClusterStateError, SpecError
 
-__all__ = ["Timer", "Timers", "VirtualClock"]
+__all__ = ["LONGEST", "Timer", "Timers", "VirtualClock"]
+
+#: The longest time that anything may be told to last: in seconds, thirty thousand years.
+LONGEST = 1e12
 
 # 1 January of the year 9000: times, and those that are a while later, must be such as can be written.
 _END = 221_845_392_000.0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from yellowdog_ray.errors import SpecError
+from yellowdog_ray.local.clock import LONGEST
 from yellowdog_ray.local.events import Effect
 from yellowdog_ray.local.lifecycle import POOL_NEXT
 
@@ -17,8 +18,6 @@ __all__ = ["Engine", "SchedulerOptions"]
 
 # The statuses of a pool that has not been shut down.
 _POOL_STATUSES = frozenset(POOL_NEXT) - {"SHUTDOWN"}
-# In seconds, thirty thousand years.
-_MOST = 1e12
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,14 @@ def _choices(kind: Any) -> tuple[str, Callable[[Any], bool]]:
     if kind is bool:
         return "True or False", lambda value: isinstance(value, bool)
     if kind is float:
-        return f"a number of seconds from 0 to {_MOST:g}", _is_span
+        return f"a number of seconds from 0 to {LONGEST:g}", _is_span
     if kind == float | None:
-        return f"a number of seconds from 0 to {_MOST:g}, or None", lambda v: v is None or _is_span(v)
+        return f"a number of seconds from 0 to {LONGEST:g}, or None", lambda v: v is None or _is_span(v)
     return f"a set of {', '.join(sorted(_POOL_STATUSES))}", _are_pool_statuses
 
 
 def _is_span(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LONGEST
 
 
 def _are_pool_statuses(value: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yellowdog_ray.errors import SpecError
+from yellowdog_ray.local.clock import LONGEST
 from yellowdog_ray.local.web import tidy
 
 __all__ = ["Chosen", "Fault", "Faults", "check_chosen", "number", "pattern", "takes", "text", "whole"]
@@ -23,8 +24,6 @@ __all__ = ["Chosen", "Fault", "Faults", "check_chosen", "number", "pattern", "ta
 _SEEN = 100_000
 # What follows such an answer is taken for the next one (RFC 9110, 6.4.1).
 _BODILESS = (204, 304)
-# In seconds, thirty thousand years.
-_MOST = 1e12
 # What HTTP allows (RFC 9110, 5.1 and 5.5).
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -46,8 +45,8 @@ def number(name: str, value: Any, low: float = 0) -> None:
 
     :raises SpecError: naming what it is.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= _MOST:
-        raise SpecError(f"{name} must be a number from {low:g} to {_MOST:g}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= LONGEST:
+        raise SpecError(f"{name} must be a number from {low:g} to {LONGEST:g}, not {value!r}")
 
 
 def whole(name: str, value: Any) -> None:

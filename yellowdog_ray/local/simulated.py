@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from yellowdog_ray.local.clock import Timer, Timers
+from yellowdog_ray.local.clock import LONGEST, Timer, Timers
 from yellowdog_ray.local.events import (
     AbortTask,
     Effect,
@@ -23,9 +23,6 @@ from yellowdog_ray.local.events import (
 )
 
 __all__ = ["SimulatedBackend"]
-
-# In seconds, thirty thousand years.
-_MOST = 1e12
 
 
 @dataclass
@@ -184,8 +181,8 @@ def _end_of(environment: Mapping[str, str]) -> tuple[float, int] | None:
         delay = float(seconds)
     except ValueError:
         delay = -1.0
-    if not 0 <= delay <= _MOST:
-        raise ValueError(f"SIMULATED_SECONDS must be a number from 0 to {_MOST:g}, not {seconds!r}")
+    if not 0 <= delay <= LONGEST:
+        raise ValueError(f"SIMULATED_SECONDS must be a number from 0 to {LONGEST:g}, not {seconds!r}")
     if not (code.isascii() and code.isdigit() and int(code) <= 255):
         raise ValueError(f"SIMULATED_EXIT_CODE must be a whole number from 0 to 255, not {code!r}")
     return delay, int(code)
