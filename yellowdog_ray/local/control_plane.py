@@ -25,14 +25,12 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-import uvicorn
-
 from yellowdog_ray.errors import ClusterStateError, SpecError
 from yellowdog_ray.local.api import create_app
 from yellowdog_ray.local.arguments import check_port, check_template_name
 from yellowdog_ray.local.asks import RefusedError
 from yellowdog_ray.local.clock import Timers, VirtualClock
-from yellowdog_ray.local.control_port import ControlPort, read_fault, running
+from yellowdog_ray.local.control_port import ControlPort, read_fault, running, server_for
 from yellowdog_ray.local.core import ControlPlane
 from yellowdog_ray.local.events import StartNode
 from yellowdog_ray.local.faults import number
@@ -206,18 +204,7 @@ class LocalControlPlane:
         self.faults.latency = self._latency
         self._control = ControlPort(control_listener)
         self._control.prepare(self.core, self.faults, self._advance if self._virtual else None)
-        config = uvicorn.Config(
-            Front(self.faults, self.core, self.secret),
-            log_config=None,
-            log_level="critical",
-            access_log=False,
-            lifespan="off",
-            loop="none",
-            ws="none",
-            # A client that keeps its request open must not keep the platform open.
-            timeout_graceful_shutdown=1,
-        )
-        self._server = uvicorn.Server(config)
+        self._server = server_for(Front(self.faults, self.core, self.secret))
         self._thread = threading.Thread(
             target=self._run, args=(listener, control_listener), name="raydog-control-plane", daemon=True
         )

@@ -37,6 +37,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from yellowdog_ray.errors import ClusterStateError, SpecError
 from yellowdog_ray.local.core import ControlPlane
@@ -45,7 +46,7 @@ from yellowdog_ray.local.faulty_machines import CapacityLimit, ProvisionFault
 from yellowdog_ray.local.platform_faults import PlatformFaults
 from yellowdog_ray.local.scheduler import Scheduler
 
-__all__ = ["ControlPort", "books", "read_fault", "running"]
+__all__ = ["ControlPort", "books", "read_fault", "running", "server_for"]
 
 _MAX_BODY = 4 << 20
 _KINDS = (
@@ -195,17 +196,7 @@ class ControlPort:
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: self._no_route})
         app.router.redirect_slashes = False
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            log_level="critical",
-            access_log=False,
-            lifespan="off",
-            loop="none",
-            ws="none",
-            timeout_graceful_shutdown=1,
-        )
-        self._server = uvicorn.Server(config)
+        self._server = server_for(app)
         return self._server
 
     def _routes(self) -> dict[tuple[str, str], Callable[[Any], Awaitable[Any]]]:
@@ -305,6 +296,22 @@ async def _body(request: Request) -> Any:
         if len(whole) > _MAX_BODY:
             raise SpecError(f"a request has at most {_MAX_BODY} bytes")
     return json.loads(whole) if whole.strip() else None
+
+
+def server_for(app: ASGIApp) -> uvicorn.Server:
+    """Make a server that says nothing of faults that are meant, for a loop that runs already."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        lifespan="off",
+        loop="none",
+        ws="none",
+        # A client that keeps its request open must not keep the platform open.
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)
 
 
 def _error(message: str, status: int) -> JSONResponse:
